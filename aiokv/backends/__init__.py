@@ -1,0 +1,1 @@
+"""Places where values live inside this process: memory and SQLite, behind the protocol `Backend`."""

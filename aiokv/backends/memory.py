@@ -1,0 +1,60 @@
+"""Values in this process's memory."""
+
+import heapq
+import threading
+import time
+
+from aiokv.backends.base import Clock
+
+_SWEEP_PER_SET = 2
+
+
+class MemoryBackend:
+    """Hold values in a dictionary; bound to no event loop, safe from several threads.
+
+    Each set drops up to two expired entries, so that memory follows what is alive without a background task.
+
+    Args:
+        clock: Gives the present in seconds.
+    """
+
+    def __init__(self, clock: Clock = time.time) -> None:
+        self._clock = clock
+        self._entries: dict[tuple[str, str], tuple[str, float]] = {}
+        self._expiries: list[tuple[float, str, str]] = []
+        self._lock = threading.Lock()
+
+    async def get(self, db_name: str, key: str) -> str | None:
+        """Read a value; see `Backend.get`."""
+        entry = self._entries.get((db_name, key))
+        return entry[0] if entry is not None and self._clock() < entry[1] else None
+
+    async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
+        """Store a value; see `Backend.set`."""
+        now = self._clock()
+        with self._lock:
+            self._sweep(now)
+            self._entries[db_name, key] = (value, now + ttl_seconds)
+            heapq.heappush(self._expiries, (now + ttl_seconds, db_name, key))
+
+    async def delete(self, db_name: str, key: str) -> None:
+        """Remove an entry; see `Backend.delete`."""
+        with self._lock:
+            self._entries.pop((db_name, key), None)
+
+    async def aclose(self) -> None:
+        """Do nothing: the values live as long as this object."""
+
+    def _sweep(self, now: float) -> None:
+        for _ in range(_SWEEP_PER_SET):
+            if not self._expiries or self._expiries[0][0] > now:
+                break
+            expires_at, db_name, key = heapq.heappop(self._expiries)
+            entry = self._entries.get((db_name, key))
+            # The entry may have been set anew since; then a later item of the heap stands for it.
+            if entry is not None and entry[1] <= expires_at:
+                del self._entries[db_name, key]
+        # Rewritten and deleted keys leave items behind that would stay until their time, 30 days at most.
+        if len(self._expiries) > 2 * len(self._entries) + 1024:
+            self._expiries = [(expires_at, *name) for name, (_, expires_at) in self._entries.items()]
+            heapq.heapify(self._expiries)

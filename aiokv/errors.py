@@ -1,0 +1,221 @@
+"""Every exception that aiokv raises on purpose.
+
+```
+AioKVError
+├── ConfigurationError (ValueError)      a URL, option, access file or TLS setting that cannot work
+│   └── CredentialsError                 credentials missing, malformed, or not for that host
+├── DecodeError (ValueError)             get_json met a value that is not JSON
+├── BatchError                           a *_many call of which a part failed; holds the part that did not
+└── CallError                            a get, set or delete that failed; bears the fields below
+    ├── ValueTooLargeError (ValueError)  over the limit, found before any I/O or answered as 413
+    ├── ConnectError                     no connection was made, so nothing was sent
+    ├── TransportError                   the connection broke while the request was under way
+    ├── CallTimeoutError (TimeoutError)  no answer within the time allowed
+    │   └── PoolTimeoutError             no connection of the pool came free in time; nothing was sent
+    ├── AuthenticationError              401 or 403: the credentials were refused
+    ├── ThrottledError                   429: too many requests
+    ├── RejectedError                    any other answer that says no: 4xx, or a redirect
+    ├── UnavailableError                 5xx: the service failed
+    ├── ResponseError                    an answer that this protocol does not know
+    ├── StorageError                     an embedded store cannot read or write its file
+    │   └── StorageFullError             its disk has no room left; nothing was stored
+    └── StoreClosedError                 the store was closed while the call was under way
+```
+
+A bad argument is a plain `ValueError` or `TypeError`, raised before any I/O.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+MAX_SHOWN_KEY_CHARS = 100
+
+
+class AioKVError(Exception):
+    """Be the root of every exception that aiokv raises on purpose."""
+
+
+class ConfigurationError(AioKVError, ValueError):
+    """Say that a URL, an option or a file that configures aiokv cannot work."""
+
+
+class CredentialsError(ConfigurationError):
+    """Say that credentials are missing, malformed, or not meant for the host in question."""
+
+
+class DecodeError(AioKVError, ValueError):
+    """Say that a stored value is not the JSON that `get_json` expects; the value itself is not shown."""
+
+
+class CallError(AioKVError):
+    """Say that one get, set or delete failed, and all that is known of it.
+
+    Args:
+        reason: What went wrong, in one phrase, without a value, token or secret.
+        verb: `"get"`, `"set"` or `"delete"`; empty where no single call is concerned.
+        db_name: The store's namespace.
+        key: The key, whole; the message shows at most 100 characters of it.
+        host: Host and port that was called; empty for an embedded store.
+        status: The HTTP status, or None where there was no answer.
+        attempts: How many times the call was tried; 0 where it failed before any I/O.
+        elapsed: Seconds from the call's start to this error.
+        retry_after: Seconds that the service asked to wait, or None.
+        request_id: The service's own name for the request, or None.
+        maybe_applied: True on a write whose outcome is unknown: it may or may not be in the store.
+        transient: Whether the same call may succeed later without a change; None takes the class's answer.
+    """
+
+    transient_by_default: ClassVar[bool] = False
+
+    def __init__(  # noqa: PLR0913 (each is a fact about the call)
+        self,
+        reason: str,
+        *,
+        verb: str = "",
+        db_name: str = "",
+        key: str = "",
+        host: str = "",
+        status: int | None = None,
+        attempts: int = 0,
+        elapsed: float | None = None,
+        retry_after: float | None = None,
+        request_id: str | None = None,
+        maybe_applied: bool = False,
+        transient: bool | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.verb = verb
+        self.db_name = db_name
+        self.key = key
+        self.host = host
+        self.status = status
+        self.attempts = attempts
+        self.elapsed = elapsed
+        self.retry_after = retry_after
+        self.request_id = request_id
+        self.maybe_applied = maybe_applied
+        self.transient = self.transient_by_default if transient is None else transient
+
+    def __str__(self) -> str:
+        call = f"{self.verb} {shown(self.key)} in db {shown(self.db_name)}" if self.verb else ""
+        where = f"at {self.host}" if self.host else ""
+        subject = " ".join(part for part in (call, where) if part)
+        facts: list[str] = []
+        if self.status is not None:
+            facts.append(f"status {self.status}")
+        if self.attempts > 1:
+            facts.append(f"{self.attempts} attempts")
+        if self.elapsed is not None:
+            facts.append(f"{self.elapsed:.2f} s")
+        if self.retry_after is not None:
+            facts.append(f"the service asks to wait {self.retry_after:g} s")
+        if self.request_id:
+            facts.append(f"request {self.request_id}")
+        if self.verb in {"set", "delete"} and self.attempts:
+            facts.append(f"the {self.verb} {'may have been' if self.maybe_applied else 'was not'} applied")
+        message = f"{subject}: {self.reason}" if subject else self.reason
+        return f"{message} ({', '.join(facts)})" if facts else message
+
+
+class ValueTooLargeError(CallError, ValueError):
+    """Say that a value exceeds what the store accepts; nothing was stored."""
+
+
+class ConnectError(CallError):
+    """Say that no connection could be made; nothing was sent."""
+
+    transient_by_default = True
+
+
+class TransportError(CallError):
+    """Say that the connection broke while the request was under way."""
+
+    transient_by_default = True
+
+
+class CallTimeoutError(CallError, TimeoutError):
+    """Say that no answer came within the time allowed."""
+
+    transient_by_default = True
+
+
+class PoolTimeoutError(CallTimeoutError):
+    """Say that every connection of the pool stayed busy until the deadline; nothing was sent."""
+
+    transient_by_default = False
+
+
+class AuthenticationError(CallError):
+    """Say that the service refused the credentials (401 or 403)."""
+
+
+class ThrottledError(CallError):
+    """Say that the service asked to slow down (429)."""
+
+    transient_by_default = True
+
+
+class RejectedError(CallError):
+    """Say that the service refused the request as it stands (another 4xx, or a redirect, which is never followed)."""
+
+
+class UnavailableError(CallError):
+    """Say that the service failed (5xx)."""
+
+
+class ResponseError(CallError):
+    """Say that an answer came which this protocol does not know, such as a 200 that is not JSON."""
+
+
+class StorageError(CallError):
+    """Say that an embedded store could not read or write its file."""
+
+
+class StorageFullError(StorageError):
+    """Say that an embedded store's disk has no room left; nothing was stored."""
+
+
+class StoreClosedError(CallError):
+    """Say that the store was closed while this call was under way."""
+
+
+class BatchError(AioKVError):
+    """Say that a part of a `*_many` call failed; after the first failure no further key was begun.
+
+    Args:
+        errors: Each failed key with its error; a failed write's `maybe_applied` says whether it may be in the store.
+        results: Each key that succeeded, with its result (None for writes).
+        not_attempted: The keys that were never begun.
+    """
+
+    def __init__(
+        self, errors: Mapping[str, Exception], results: Mapping[str, str | None], not_attempted: Sequence[str]
+    ) -> None:
+        super().__init__(errors, results, not_attempted)
+        self.errors = dict(errors)
+        self.results = dict(results)
+        self.not_attempted = tuple(not_attempted)
+
+    def __str__(self) -> str:
+        first = next(iter(self.errors.values()), None)
+        return (
+            f"{len(self.errors)} of {len(self.errors) + len(self.results) + len(self.not_attempted)} keys failed, "
+            f"{len(self.results)} succeeded, {len(self.not_attempted)} were not attempted; first failure: {first}"
+        )
+
+    def __repr__(self) -> str:
+        # The default repr shows args, and with them the values that were read.
+        return f"BatchError({self})"
+
+
+def shown(text: str) -> str:
+    """Quote `text` for a message, cut at 100 characters.
+
+    Args:
+        text: A key or a name of any length and content.
+
+    Returns:
+        Its `repr`, with an ellipsis where it was cut.
+    """
+    return repr(text) if len(text) <= MAX_SHOWN_KEY_CHARS else f"{text[:MAX_SHOWN_KEY_CHARS]!r}..."

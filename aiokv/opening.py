@@ -1,0 +1,111 @@
+"""From a URL to the backend that it names; what a backend needs is loaded only where it is named."""
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from aiokv.backends.base import Backend
+from aiokv.backends.memory import MemoryBackend
+from aiokv.errors import ConfigurationError
+from aiokv.remote.options import Credentials, HttpOptions
+from aiokv.remote.retry import RetryPolicy
+
+DEFAULT_URL = "https://kv.fal.media"
+
+_KNOWN_URLS = "https://host, http://host, sqlite:///kv.db (relative), sqlite:////path/kv.db (absolute), memory://"
+
+# What memory:// names belongs to the process, like a file to a machine: every store of one URL sees the same values.
+_memory_backends: dict[str, MemoryBackend] = {}
+
+
+def resolve_url(url: str | None) -> str:
+    """Say which URL counts.
+
+    Args:
+        url: The program's, or None.
+
+    Returns:
+        It, else the environment's `AIOKV_URL`, else fal's service.
+    """
+    return url if url is not None else os.environ.get("AIOKV_URL") or DEFAULT_URL
+
+
+def check_url(url: str) -> str:
+    """Check a store's URL, without I/O.
+
+    Args:
+        url: `http(s)://host[:port][/prefix]`, `sqlite:///relative`, `sqlite:////absolute` or `memory://[name]`.
+
+    Returns:
+        Its scheme.
+
+    Raises:
+        TypeError: It is not a string.
+        ConfigurationError: It is none of these forms; credentials in it are not repeated.
+    """
+    if not isinstance(url, str):
+        raise TypeError(f"url must be str, not {type(url).__name__}")
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+        _ = parts.port
+    except ValueError:
+        raise ConfigurationError(f"url is malformed; known forms: {_KNOWN_URLS}") from None
+    if parts.scheme not in {"http", "https", "sqlite", "memory"}:
+        raise ConfigurationError(f"url has the unknown scheme {parts.scheme!r}; known forms: {_KNOWN_URLS}")
+    if "@" in parts.netloc:
+        raise ConfigurationError("url must not hold credentials; pass credentials='<id>:<secret>' or set AIOKV_KEY")
+    if parts.query or parts.fragment or url.endswith(("?", "#")):
+        raise ConfigurationError(f"url {url!r} must not have a query or a fragment")
+    if parts.scheme in {"http", "https"} and not host:
+        raise ConfigurationError(f"url {url!r} names no host")
+    if parts.scheme == "sqlite":
+        _sqlite_path(url)
+    if parts.scheme == "memory" and parts.path not in {"", "/"}:
+        raise ConfigurationError(f"url {url!r} must be memory:// or memory://name")
+    return parts.scheme
+
+
+def open_backend(
+    url: str,
+    *,
+    credentials: str | Credentials | None = None,
+    retry: RetryPolicy | None = None,
+    http: HttpOptions | None = None,
+) -> Backend:
+    """Make the backend that a URL names; nothing is read or sent before its first call.
+
+    Args:
+        url: As for `check_url`.
+        credentials: `"<id>:<secret>"` or an object with `authorization`, for `http(s)` URLs.
+        retry: Attempts and timeouts, for `http(s)` URLs.
+        http: The pooled session, for `http(s)` URLs, which need a running event loop.
+
+    Returns:
+        The backend.
+
+    Raises:
+        ConfigurationError: The URL or an option cannot work.
+        CredentialsError: The credentials are malformed or would travel in the clear.
+    """
+    scheme = check_url(url)
+    if scheme == "memory":
+        return _memory_backends.setdefault(urlsplit(url).netloc, MemoryBackend())
+    if scheme == "sqlite":
+        from aiokv.backends.sqlite import SqliteBackend  # noqa: PLC0415
+
+        return SqliteBackend(_sqlite_path(url))
+    from yarl import URL  # noqa: PLC0415
+
+    from aiokv.remote.backend import RemoteBackend  # noqa: PLC0415
+
+    return RemoteBackend(URL(url), credentials=credentials, policy=retry, options=http)
+
+
+def _sqlite_path(url: str) -> Path:
+    path = url.removeprefix("sqlite:///")
+    if path == url or path in {"", "/"}:
+        raise ConfigurationError(f"url {url!r} names no file; write sqlite:///kv.db, or sqlite:////path/kv.db from the root")
+    if path == ":memory:":
+        raise ConfigurationError("sqlite:///:memory: is not supported; use memory://")
+    return Path(path)

@@ -1,0 +1,208 @@
+"""A store behind HTTP: fal's service, or a server of one's own."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from yarl import URL
+
+from aiokv.errors import CallError, CallTimeoutError, ResponseError
+from aiokv.remote.auth import Token, TokenSource, choose_credentials, parse_token, token_url
+from aiokv.remote.options import Credentials, HttpOptions
+from aiokv.remote.retry import RetryPolicy, retry
+from aiokv.remote.transport import Answer, Transport
+from aiokv.wire import (
+    METHODS,
+    Verb,
+    entry_path,
+    error_detail,
+    error_for_status,
+    parse_retry_after,
+    parse_value_body,
+    ttl_query,
+)
+
+_OK = 200
+_UNAUTHORIZED = 401
+_NOT_FOUND = 404
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One get, set or delete, as it goes out and as its errors name it."""
+
+    verb: Verb
+    db_name: str
+    key: str
+    url: URL
+    body: bytes | None
+    # What an answer must not echo into an error.
+    value: str = ""
+
+
+class RemoteBackend:
+    """Speak the service's protocol over a pooled session; belongs to one event loop.
+
+    Args:
+        url: The service's address, `http(s)://host[:port][/prefix]`.
+        credentials: `"<id>:<secret>"`, an object with `authorization`, or None for what the host is entitled to.
+        policy: Attempts, timeouts and waits.
+        options: The pooled session.
+        sleep: Waits between attempts; `asyncio.sleep` but for tests.
+        clock: Gives a monotonic time in seconds, for the life of tokens.
+
+    Raises:
+        ConfigurationError: The options cannot work.
+        CredentialsError: The credentials are malformed or would travel in the clear.
+    """
+
+    def __init__(  # noqa: PLR0913 (the seams that a test moves)
+        self,
+        url: URL,
+        *,
+        credentials: str | Credentials | None = None,
+        policy: RetryPolicy | None = None,
+        options: HttpOptions | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._base = str(url).rstrip("/")
+        self._host = url.authority
+        self._policy = policy or RetryPolicy()
+        self._sleep = sleep
+        self._credentials = choose_credentials(url, credentials)
+        self._token_url = token_url(url)
+        self._tokens = TokenSource(self._exchange, clock) if self._credentials is not None else None
+        self._transport = Transport(self._policy, options or HttpOptions())
+        self._loop = asyncio.get_running_loop()
+
+    def __del__(self) -> None:
+        # Let go without aclose, as when its loop is gone. An object whose constructor raised has no transport.
+        transport: Transport | None = getattr(self, "_transport", None)
+        if transport is not None and not transport.closed:
+            transport.abandon()
+
+    async def get(self, db_name: str, key: str) -> str | None:
+        """Read a value; see `Backend.get`."""
+        call = self._call("get", db_name, key)
+        answer = await self._answer(call)
+        if answer.status == _NOT_FOUND:
+            return None
+        try:
+            return parse_value_body(answer.body)
+        except ValueError as error:
+            raise self._named(call, ResponseError(str(error), status=answer.status, attempts=1)) from None
+
+    async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
+        """Store a value; see `Backend.set`."""
+        await self._answer(self._call("set", db_name, key, query=ttl_query(ttl_seconds), value=value))
+
+    async def delete(self, db_name: str, key: str) -> None:
+        """Remove an entry; see `Backend.delete`."""
+        await self._answer(self._call("delete", db_name, key))
+
+    async def aclose(self) -> None:
+        """Close every connection; see `Backend.aclose`."""
+        if self._tokens is not None:
+            await self._tokens.aclose()
+        await self._transport.aclose()
+
+    def _call(self, verb: Verb, db_name: str, key: str, *, query: str = "", value: str | None = None) -> _Call:
+        # Encoded by us: yarl would drop "." segments and decode what it thinks safe.
+        url = URL(self._base + entry_path(verb, db_name, key) + query, encoded=True)
+        return _Call(verb, db_name, key, url, None if value is None else value.encode(), value or "")
+
+    async def _answer(self, call: _Call) -> Answer:
+        """Send a call until it is answered, refused, or out of attempts or time."""
+        started = self._loop.time()
+        deadline = started + self._policy.total_timeout
+        try:
+            try:
+                return await self._attempt(call, deadline)
+            except CallError as error:
+                first_error = error
+            return await retry(first_error, lambda: self._attempt(call, deadline), self._policy, deadline, self._sleep)
+        except CallError as error:
+            error.elapsed = self._loop.time() - started
+            raise
+
+    async def _attempt(self, call: _Call, deadline: float) -> Answer:
+        """Send a call once; where its token is refused, renew that and send it once more."""
+        try:
+            header = await self._header(deadline)
+            answer = await self._send(call, header, deadline)
+            if answer.status == _UNAUTHORIZED and header is not None:
+                header = await self._header(deadline, refused=header)
+                answer = await self._send(call, header, deadline)
+            if answer.status == _OK or (answer.status == _NOT_FOUND and call.verb == "get"):
+                return answer
+            raise self._refusal(answer, header, secrets=(call.value,), write=call.verb != "get")
+        except CallError as error:
+            raise self._named(call, error)  # noqa: B904 (the same error, with its call's name)
+
+    async def _send(self, call: _Call, header: str | None, deadline: float) -> Answer:
+        headers = {} if header is None else {"Authorization": header}
+        if call.body is not None:
+            headers["Content-Type"] = "text/plain; charset=utf-8"
+        return await self._transport.request(METHODS[call.verb], call.url, headers, call.body, deadline)
+
+    async def _header(self, deadline: float, refused: str | None = None) -> str | None:
+        if self._tokens is None:
+            return None
+        if refused is None and (header := self._tokens.current()) is not None:
+            return header
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._tokens.renewed(refused)
+        except TimeoutError as error:
+            if isinstance(error, CallError):
+                raise
+            raise CallTimeoutError("no token in time", transient=False) from error
+
+    async def _exchange(self) -> Token:
+        """Exchange the credentials for a token, with the retries of any call."""
+        if self._credentials is None:
+            raise AssertionError("a token source exists only where credentials do")
+        deadline = self._loop.time() + self._policy.total_timeout
+        headers = {"Authorization": await self._credentials.authorization(), "Content-Type": "application/json"}
+
+        async def attempt() -> Token:
+            answer = await self._transport.request("POST", self._token_url, headers, b"{}", deadline)
+            if answer.status != _OK:
+                raise self._refusal(answer, headers["Authorization"])
+            return parse_token(answer)
+
+        try:
+            try:
+                return await attempt()
+            except CallError as error:
+                first_error = error
+            return await retry(first_error, attempt, self._policy, deadline, self._sleep)
+        except CallError as error:
+            # To the call that waits for the token this is final: the exchange has had its attempts, and nothing was stored.
+            error.reason = f"exchanging credentials for a token at {self._token_url.authority}: {error.reason}"
+            error.transient = False
+            error.maybe_applied = False
+            raise
+
+    def _refusal(self, answer: Answer, header: str | None, *, secrets: tuple[str, ...] = (), write: bool = False) -> CallError:
+        # The header's second word is the token or the key, and a key's second half is the secret.
+        token = (header or "").partition(" ")[2]
+        detail = error_detail(answer.body, (token, token.partition(":")[2], *secrets))
+        if answer.status == _UNAUTHORIZED:
+            detail += "; check the credentials" if header else "; pass credentials='<id>:<secret>' or set AIOKV_KEY"
+        elif answer.headers.get("Location"):
+            detail += "; redirects are not followed, name the final address"
+        error = error_for_status(
+            answer.status,
+            detail,
+            retry_after=parse_retry_after(answer.headers.get("Retry-After")),
+            write=write,
+        )
+        error.request_id = answer.headers.get("X-Fal-Request-Id") or answer.headers.get("X-Request-Id")
+        return error
+
+    def _named(self, call: _Call, error: CallError) -> CallError:
+        error.verb, error.db_name, error.key, error.host = call.verb, call.db_name, call.key, self._host
+        return error

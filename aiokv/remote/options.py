@@ -1,0 +1,46 @@
+"""What a program may say of a remote store; loads nothing that a program without one would not need."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpOptions:
+    """Configure the pooled session behind an `http(s)://` store.
+
+    Args:
+        pool_size: Connections, and so requests under way at once; a further call waits for its turn.
+        keepalive_seconds: How long an idle connection is kept; keep it below the server's or load balancer's own limit.
+        dns_cache_seconds: How long a resolved address is kept.
+        ca_file: A PEM file of the certificates to trust in place of the system's, as for a server of one's own.
+    """
+
+    pool_size: int = 100
+    keepalive_seconds: float = 30.0
+    dns_cache_seconds: int = 60
+    ca_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pool_size, bool) or not isinstance(self.pool_size, int) or self.pool_size < 1:
+            raise ValueError(f"pool_size must be an int of 1 or more, not {self.pool_size!r}")
+        if not 0 <= self.keepalive_seconds < math.inf:
+            raise ValueError(f"keepalive_seconds must be 0 or more, not {self.keepalive_seconds!r}")
+        if self.dns_cache_seconds < 0:
+            raise ValueError(f"dns_cache_seconds must be 0 or more, not {self.dns_cache_seconds!r}")
+
+
+@runtime_checkable
+class Credentials(Protocol):
+    """Give the header that is exchanged for a token; implement it to fetch secrets from a vault."""
+
+    async def authorization(self) -> str:
+        """Give the Authorization header for the token endpoint.
+
+        Returns:
+            Scheme and secret, such as `Key <id>:<secret>`.
+
+        Raises:
+            CredentialsError: There is none.
+        """
+        ...

@@ -1,0 +1,381 @@
+"""`AsyncKVStore`: the store that users await, whatever holds its values."""
+
+import asyncio
+import os
+import threading
+import weakref
+from asyncio import get_running_loop
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Self, TypeVar
+
+import orjson
+
+from aiokv.backends.base import Backend
+from aiokv.errors import AioKVError, BatchError, DecodeError, shown
+from aiokv.limits import check_db_name, check_entry, check_ttl, check_value
+from aiokv.opening import check_url, open_backend, resolve_url
+from aiokv.remote.options import Credentials, HttpOptions
+from aiokv.remote.retry import RetryPolicy
+
+T = TypeVar("T")
+
+DEFAULT_CONCURRENCY = 32
+
+
+class AsyncKVStore:
+    """A key-value store of strings, every entry of which expires.
+
+    Nothing is opened before the first call. One store may be used by many tasks, in several event loops and threads, and
+    after a fork: connections belong to the loop and the process that opened them, and all stores of one configuration share
+    them. `async with` or `aclose` give them back, as does the end of the loop in `asyncio.run`; a later call opens them anew.
+    A store can be pickled: its configuration travels, its connections do not.
+
+    Args:
+        db_name: The namespace: any non-empty text without `/` and NUL; each is isolated from every other.
+        url: Where values live: `https://host`, `sqlite:///kv.db`, `memory://`. None takes the environment's `AIOKV_URL`,
+            else fal's service, at the first call.
+        credentials: For `http(s)` URLs: `"<id>:<secret>"`, or an object with `async def authorization(self) -> str`.
+            None takes fal's own credentials for fal's hosts, and the environment's `AIOKV_KEY` for any other.
+        retry: For `http(s)` URLs: attempts, timeouts and waits.
+        http: For `http(s)` URLs: the connection pool.
+        concurrency: How many calls a `*_many` method makes at once, 1 or more.
+
+    Raises:
+        TypeError: `db_name` or `url` is not a string.
+        ValueError: `db_name`, `url`, `credentials` or `concurrency` is not acceptable.
+    """
+
+    def __init__(  # noqa: PLR0913 (keywords, each with a default that serves)
+        self,
+        db_name: str,
+        *,
+        url: str | None = None,
+        credentials: str | Credentials | None = None,
+        retry: RetryPolicy | None = None,
+        http: HttpOptions | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+    ) -> None:
+        check_db_name(db_name)
+        if url is not None:
+            check_url(url)
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(f"concurrency must be an int of 1 or more, not {concurrency!r}")
+        if credentials is not None and not isinstance(credentials, str | Credentials):
+            raise TypeError(
+                f"credentials must be '<id>:<secret>' or have `async def authorization`, not {type(credentials).__name__}"
+            )
+        self._db_name = db_name
+        self._url = url
+        self._credentials = credentials
+        self._retry = retry or RetryPolicy()
+        self._http = http or HttpOptions()
+        self._concurrency = concurrency
+        self._bound: _Bound = _UNBOUND
+
+    @property
+    def db_name(self) -> str:
+        """The namespace."""
+        return self._db_name
+
+    @property
+    def url(self) -> str:
+        """Where values live, as far as this process knows now."""
+        return resolve_url(self._url)
+
+    def __repr__(self) -> str:
+        credentials = "" if self._credentials is None else ", credentials='***'"
+        return f"{type(self).__name__}({shown(self._db_name)}, url={self.url!r}{credentials})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bound": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _bound=_UNBOUND)
+
+    async def __aenter__(self) -> Self:
+        await self._open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def get(self, key: str) -> str | None:
+        """Read a value.
+
+        Args:
+            key: Any non-empty text without NUL that fits a request line, other than `.` and `..`.
+
+        Returns:
+            The value, or None where the key is absent or has expired.
+
+        Raises:
+            TypeError: The key is not a string.
+            ValueError: The key is not acceptable; nothing was sent.
+            CallError: The call failed; the subclass and the fields say how.
+        """
+        check_entry(self._db_name, key)
+        backend = self._backend_here() or await self._open()
+        return await backend.get(self._db_name, key)
+
+    async def set(self, key: str, value: str, ttl: int | timedelta | None = None) -> None:
+        """Store a value, in place of the one that is there; the last write wins.
+
+        Args:
+            key: As for `get`.
+            value: Any text of at most 1,900,000 bytes of UTF-8.
+            ttl: Whole seconds from 60 to 2,592,000 (30 days), or a `timedelta`; None means 30 days.
+
+        Raises:
+            TypeError: The key or the value is not a string; `set_json` takes other values.
+            ValueError: The key, the value or the ttl is not acceptable; nothing was sent.
+            ValueTooLargeError: The value is over the limit; nothing was stored.
+            CallError: The call failed; `maybe_applied` says whether the value may be stored all the same.
+        """
+        check_entry(self._db_name, key)
+        check_value(value)
+        ttl_seconds = check_ttl(ttl)
+        backend = self._backend_here() or await self._open()
+        await backend.set(self._db_name, key, value, ttl_seconds)
+
+    async def delete(self, key: str) -> None:
+        """Remove an entry; succeed where there is none.
+
+        Args:
+            key: As for `get`.
+
+        Raises:
+            TypeError: The key is not a string.
+            ValueError: The key is not acceptable; nothing was sent.
+            CallError: The call failed; `maybe_applied` says whether the entry may be gone all the same.
+        """
+        check_entry(self._db_name, key)
+        backend = self._backend_here() or await self._open()
+        await backend.delete(self._db_name, key)
+
+    async def get_json(self, key: str, default: Any = None) -> Any:
+        """Read a value and decode it as JSON.
+
+        Args:
+            key: As for `get`.
+            default: What to give where the key is absent, to tell that from a stored `null`.
+
+        Returns:
+            The decoded value, or `default`.
+
+        Raises:
+            DecodeError: The value is not JSON.
+            CallError: As for `get`.
+        """
+        text = await self.get(key)
+        if text is None:
+            return default
+        try:
+            return orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            # Not chained: the decoder's error holds the whole value.
+            place = f"line {error.lineno} column {error.colno}"
+        raise DecodeError(f"the value of {shown(key)} in db {shown(self._db_name)} is not JSON at {place}; read it with get")
+
+    async def set_json(self, key: str, value: Any, ttl: int | timedelta | None = None) -> None:
+        """Encode a value as JSON and store it.
+
+        Args:
+            key: As for `get`.
+            value: What orjson encodes: dict, list, str, int, float, bool, None, dataclass, datetime, UUID.
+                A tuple comes back as a list, NaN as None.
+            ttl: As for `set`.
+
+        Raises:
+            TypeError: The value cannot be encoded.
+            ValueTooLargeError: The JSON is over 1,900,000 bytes; nothing was stored.
+            CallError: As for `set`.
+        """
+        check_entry(self._db_name, key)
+        try:
+            text = orjson.dumps(value).decode()
+        except orjson.JSONEncodeError as error:
+            raise TypeError(f"value of type {type(value).__name__} cannot be encoded as JSON: {error}") from None
+        await self.set(key, text, ttl)
+
+    async def get_many(self, keys: Iterable[str]) -> dict[str, str | None]:
+        """Read several values at once; a key that stands twice is asked once.
+
+        Args:
+            keys: Keys as for `get`.
+
+        Returns:
+            Each key with its value, or None where it is absent, in the order of first appearance.
+
+        Raises:
+            TypeError: A key is not a string, or `keys` is one.
+            ValueError: A key is not acceptable; nothing was sent.
+            BatchError: A call failed; it holds every result that was had.
+        """
+        return await self._each(self._check_keys(keys), self.get)
+
+    async def set_many(self, values: Mapping[str, str], ttl: int | timedelta | None = None) -> None:
+        """Store several values at once, each for itself: there is no transaction.
+
+        Args:
+            values: Keys and values as for `set`.
+            ttl: As for `set`, the same for all.
+
+        Raises:
+            TypeError: A key or a value is not a string.
+            ValueError: A key, a value or the ttl is not acceptable; nothing was sent.
+            BatchError: A call failed; it tells apart what was stored, what failed and what was not attempted.
+        """
+        values = dict(values)
+        check_ttl(ttl)
+        keys = self._check_keys(values)
+        for value in values.values():
+            check_value(value)
+        await self._each(keys, lambda key: self.set(key, values[key], ttl))
+
+    async def delete_many(self, keys: Iterable[str]) -> None:
+        """Remove several entries at once; a key that stands twice is asked once.
+
+        Args:
+            keys: Keys as for `get`.
+
+        Raises:
+            TypeError: A key is not a string, or `keys` is one.
+            ValueError: A key is not acceptable; nothing was sent.
+            BatchError: A call failed; it tells apart what was removed, what failed and what was not attempted.
+        """
+        await self._each(self._check_keys(keys), self.delete)
+
+    async def aclose(self) -> None:
+        """Give back this store's share of the running loop's connections; safe to call twice.
+
+        Calls of other tasks that are under way fail with `StoreClosedError` where this was the last store that shared them.
+        """
+        self._bound = _UNBOUND
+        await _release(self, self._sharing_key())
+
+    def _check_keys(self, keys: Iterable[str]) -> list[str]:
+        if isinstance(keys, str):
+            raise TypeError("keys must be an iterable of str, not one str; put it in a list")
+        unique = list(dict.fromkeys(keys))
+        for key in unique:
+            check_entry(self._db_name, key)
+        return unique
+
+    async def _each(self, keys: list[str], call: Callable[[str], Awaitable[T]]) -> dict[str, T]:
+        remaining = iter(keys)
+        results: dict[str, T] = {}
+        errors: dict[str, Exception] = {}
+
+        async def work() -> None:
+            while not errors and (key := next(remaining, None)) is not None:
+                try:
+                    results[key] = await call(key)
+                except AioKVError as error:
+                    errors[key] = error
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self._concurrency, len(keys))):
+                group.create_task(work())
+        if errors:
+            texts = {key: value if isinstance(value, str) else None for key, value in results.items()}
+            raise BatchError(errors, texts, list(remaining))
+        return {key: results[key] for key in keys}
+
+    def _backend_here(self) -> Backend | None:
+        loop, epoch, backend = self._bound
+        return backend if loop is get_running_loop() and epoch == _epoch else None
+
+    async def _open(self) -> Backend:
+        backend = await _acquire(
+            self,
+            self._sharing_key(),
+            lambda: open_backend(self.url, credentials=self._credentials, retry=self._retry, http=self._http),
+        )
+        self._bound = (get_running_loop(), _epoch, backend)
+        return backend
+
+    def _sharing_key(self) -> Hashable:
+        # A credentials object counts by identity: it may be equal to another, or not hashable.
+        credentials = self._credentials if isinstance(self._credentials, str) else id(self._credentials)
+        return (get_running_loop(), self.url, credentials, self._retry, self._http)
+
+
+_Bound = tuple[asyncio.AbstractEventLoop | None, int, Backend | None]
+_UNBOUND: _Bound = (None, 0, None)
+
+
+@dataclass(slots=True, eq=False)
+class _Shared:
+    """A backend that is open in one loop, and the stores that share it."""
+
+    loop: asyncio.AbstractEventLoop
+    backend: Backend
+    closing: AsyncGenerator[None, None]
+    users: "weakref.WeakSet[AsyncKVStore]" = field(default_factory=weakref.WeakSet)
+
+
+_shared: dict[Hashable, _Shared] = {}
+_lock = threading.Lock()
+# Counts forks, so that a child tells its parent's connections from its own.
+_epoch = 0
+# What a child inherits is neither used nor closed there: the connections are its parent's.
+_inherited: list[dict[Hashable, _Shared]] = []
+
+
+async def _acquire(store: AsyncKVStore, sharing_key: Hashable, open_: Callable[[], Backend]) -> Backend:
+    with _lock:
+        _forget_closed_loops()
+        shared = _shared.get(sharing_key)
+        is_new = shared is None
+        if shared is None:
+            backend = open_()
+            shared = _Shared(get_running_loop(), backend, _close_with_loop(sharing_key, backend))
+            _shared[sharing_key] = shared
+        shared.users.add(store)
+    if is_new:
+        # To its first yield, which does not suspend: from here on the loop knows of it.
+        await anext(shared.closing)
+    return shared.backend
+
+
+async def _release(store: AsyncKVStore, sharing_key: Hashable) -> None:
+    with _lock:
+        shared = _shared.get(sharing_key)
+        if shared is None or store not in shared.users:
+            return
+        shared.users.discard(store)
+        if shared.users:
+            return
+        del _shared[sharing_key]
+    await shared.closing.aclose()
+
+
+async def _close_with_loop(sharing_key: Hashable, backend: Backend) -> AsyncGenerator[None, None]:
+    """Close a backend when its loop ends: `asyncio.run` finishes the generators that are still open."""
+    try:
+        yield
+    finally:
+        with _lock:
+            shared = _shared.get(sharing_key)
+            if shared is not None and shared.backend is backend:
+                del _shared[sharing_key]
+        await backend.aclose()
+
+
+def _forget_closed_loops() -> None:
+    for sharing_key in [key for key, shared in _shared.items() if shared.loop.is_closed()]:
+        del _shared[sharing_key]
+
+
+def _after_fork_in_child() -> None:
+    global _lock, _epoch  # noqa: PLW0603 (a fork is the one event that changes them)
+    _lock = threading.Lock()
+    _epoch += 1
+    _inherited.append(dict(_shared))
+    _shared.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

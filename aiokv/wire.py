@@ -1,0 +1,272 @@
+"""The protocol on the wire, shared by the client and the server: paths, query, bodies, errors.
+
+Source: the official client, fal-ai/fal `projects/fal/src/fal/toolkit/kv.py`, for routes and bodies. That client does not
+quote keys, so a server takes everything after `/{db_name}/` as the key; this one quotes every byte that is not unreserved.
+"""
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Literal
+from urllib.parse import quote
+
+import orjson
+
+from aiokv.errors import (
+    AuthenticationError,
+    CallError,
+    RejectedError,
+    ThrottledError,
+    UnavailableError,
+    ValueTooLargeError,
+)
+from aiokv.limits import MAX_TTL_SECONDS, MAX_VALUE_BYTES, MIN_TTL_SECONDS, check_db_name, check_entry
+
+Verb = Literal["get", "set", "delete"]
+
+METHODS: Mapping[str, str] = {"get": "GET", "set": "PUT", "delete": "DELETE"}
+TOKEN_PATH = "/storage/auth/token"  # noqa: S105 (a path)
+
+MAX_ERROR_BODY_BYTES = 64 * 1024
+MAX_ANSWER_BYTES = 6 * MAX_VALUE_BYTES + 1024
+"""Largest answer worth reading: JSON may write a byte of a value as six (`\\u0000`)."""
+
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+
+_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
+_MAX_DETAIL_CHARS = 200
+_UNAUTHORIZED, _FORBIDDEN, _TOO_LARGE, _TOO_MANY, _SERVER_ERRORS = 401, 403, 413, 429, 500
+
+
+def entry_path(verb: Verb, db_name: str, key: str) -> str:
+    """Build the path of an entry, percent-encoded.
+
+    Args:
+        verb: What is asked.
+        db_name: A checked namespace.
+        key: A checked key.
+
+    Returns:
+        `/{verb}/{db_name}/{key}`, where only unreserved characters stand for themselves, `/` not among them.
+    """
+    return f"/{verb}/{quote(db_name, safe='')}/{quote(key, safe='')}"
+
+
+def parse_entry_path(entry: str) -> tuple[str, str]:
+    """Read namespace and key from a raw path, as either client writes it.
+
+    Args:
+        entry: What follows `/{verb}/` in the path as it was sent, without the query, such as `db/a%2Fb`.
+
+    Returns:
+        The namespace and the key, percent-decoded and checked.
+
+    Raises:
+        ValueError: An escape is malformed, the bytes are not UTF-8, or a name is not acceptable.
+    """
+    raw_db_name, separator, raw_key = entry.partition("/")
+    if not separator:
+        raise ValueError("path must be /{verb}/{db_name}/{key}")
+    db_name, key = _unquote("db_name", raw_db_name), _unquote("key", raw_key)
+    check_db_name(db_name)
+    check_entry(db_name, key)
+    return db_name, key
+
+
+def ttl_query(ttl_seconds: int) -> str:
+    """Build the query of a set.
+
+    Args:
+        ttl_seconds: A checked time to live.
+
+    Returns:
+        The query with its question mark.
+    """
+    return f"?ttl={ttl_seconds}"
+
+
+def parse_ttl_query(query: str) -> int | None:
+    """Read the time to live from a raw query.
+
+    Args:
+        query: The raw query without its question mark; parameters other than `ttl` are ignored.
+
+    Returns:
+        Seconds, or None where no `ttl` is given.
+
+    Raises:
+        ValueError: `ttl` stands more than once, is no plain decimal number, or is outside the range.
+    """
+    texts = [value for name, _, value in (part.partition("=") for part in query.split("&")) if name == "ttl"]
+    if not texts:
+        return None
+    # int() alone would take "6_0", " 60" and digits of other scripts.
+    digits = texts[0]
+    if len(texts) > 1 or not (digits.isascii() and digits.isdigit() and len(digits) <= len(str(MAX_TTL_SECONDS))):
+        raise ValueError(f"ttl must be one decimal number of seconds, from {MIN_TTL_SECONDS} to {MAX_TTL_SECONDS}")
+    ttl_seconds = int(digits)
+    if not MIN_TTL_SECONDS <= ttl_seconds <= MAX_TTL_SECONDS:
+        raise ValueError(f"ttl must be from {MIN_TTL_SECONDS} to {MAX_TTL_SECONDS} seconds")
+    return ttl_seconds
+
+
+def value_body(value: str) -> bytes:
+    """Build the body of a successful get.
+
+    Args:
+        value: The stored value.
+
+    Returns:
+        `{"value": "..."}` as JSON.
+    """
+    return orjson.dumps({"value": value})
+
+
+def parse_value_body(body: bytes) -> str:
+    """Read the body of a successful get.
+
+    Args:
+        body: What came with status 200.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: The body is not a JSON object with a text under `value`; the message shows none of it.
+    """
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        # Not chained: the decoder's error holds the whole body.
+        answer = None
+    if not isinstance(answer, dict) or not isinstance(answer.get("value"), str):
+        # One kind of error for all that a body can lack.
+        raise ValueError(  # noqa: TRY004
+            f'the answer\'s body ({len(body):,} bytes) is not a JSON object {{"value": "<text>"}}'
+        )
+    return str(answer["value"])
+
+
+def error_body(message: str) -> bytes:
+    """Build the body of an error.
+
+    Args:
+        message: What went wrong and what to do; never a value or a secret.
+
+    Returns:
+        `{"error": "..."}` as JSON.
+    """
+    return orjson.dumps({"error": message})
+
+
+def error_detail(body: bytes, secrets: tuple[str, ...] = ()) -> str:
+    """Read what an error's body says, fit to be shown.
+
+    Args:
+        body: At most 64 KiB of what came with the status; HTML and garbage are told by size alone.
+        secrets: Texts that an answer may echo and that must not be shown.
+
+    Returns:
+        At most 200 printable characters.
+    """
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        answer = None
+    detail = answer.get("error") if isinstance(answer, dict) else None
+    if not isinstance(detail, str) or not detail:
+        return f"an answer of {len(body):,} bytes without an error message" if body else "an empty answer"
+    for secret in secrets:
+        if secret:
+            detail = detail.replace(secret, "***")
+    return "".join(char if char.isprintable() else " " for char in detail[:_MAX_DETAIL_CHARS])
+
+
+def error_for_status(status: int, detail: str, *, retry_after: float | None = None, write: bool = False) -> CallError:
+    """Give the exception for an answer that is not a success.
+
+    Args:
+        status: The HTTP status, 3xx and up.
+        detail: What the body said, from `error_detail`.
+        retry_after: Seconds that the service asked to wait, or None.
+        write: Whether the request would have changed something.
+
+    Returns:
+        The exception; a write that met a 5xx may have been applied, one that met a 4xx was not.
+    """
+    kind: type[CallError]
+    if status in {_UNAUTHORIZED, _FORBIDDEN}:
+        kind = AuthenticationError
+    elif status == _TOO_LARGE:
+        kind = ValueTooLargeError
+    elif status == _TOO_MANY:
+        kind = ThrottledError
+    elif status >= _SERVER_ERRORS:
+        kind = UnavailableError
+    else:
+        kind = RejectedError
+    return kind(
+        detail,
+        status=status,
+        retry_after=retry_after,
+        maybe_applied=write and status >= _SERVER_ERRORS,
+        transient=status in TRANSIENT_STATUSES,
+    )
+
+
+def parse_retry_after(text: str | None, now: datetime | None = None) -> float | None:
+    """Read a Retry-After header.
+
+    Args:
+        text: Seconds or an HTTP date (RFC 9110 section 10.2.3), or None.
+        now: The present, with a time zone; None takes the clock.
+
+    Returns:
+        Seconds from now, at least 0; None where there is no header or it is neither form.
+    """
+    if text is None:
+        return None
+    text = text.strip()
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
+
+
+def is_loopback(host: str | None) -> bool:
+    """Say whether a host is this machine by its name alone.
+
+    Args:
+        host: A host name or address, without brackets.
+
+    Returns:
+        True for `localhost` and the loopback addresses.
+    """
+    if host is None:
+        return False
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _unquote(argument: str, raw: str) -> str:
+    # The parser hands on bytes that are not UTF-8 as surrogates.
+    data = raw.encode("utf-8", "surrogateescape")
+    if _BAD_ESCAPE.search(data):
+        raise ValueError(f"{argument} has a malformed percent escape; write a percent sign as %25")
+    try:
+        return _ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), data).decode()
+    except UnicodeDecodeError:
+        pass
+    raise ValueError(f"{argument} is not UTF-8 once percent-decoded")

@@ -1,0 +1,100 @@
+"""What several test files need."""
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from pathlib import Path
+
+from aiohttp import web
+
+Answerer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class FakeClock:
+    """A clock that moves only when a test says so."""
+
+    def __init__(self, now: float = 1_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Recorded:
+    """Requests that a scripted service has received, as (method, raw path, headers, body)."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
+
+    def paths(self) -> list[str]:
+        return [path for _, path, _, _ in self.requests]
+
+
+@contextlib.asynccontextmanager
+async def scripted_service(answer: Answerer) -> AsyncGenerator[tuple[str, Recorded]]:
+    """Run a real HTTP service whose answers a test writes; give its address and what it has received."""
+    recorded = Recorded()
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        body = await request.read()
+        recorded.requests.append((request.method, request.raw_path, dict(request.headers), body))
+        return await answer(request)
+
+    server = web.Server(handle)
+    runner = web.ServerRunner(server, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield f"http://127.0.0.1:{site.port}", recorded
+    finally:
+        await runner.cleanup()
+
+
+async def no_wait(_seconds: float) -> None:
+    """Stand in for the sleep between attempts."""
+    await asyncio.sleep(0)
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """Give a child process's environment without credentials of the machine's user."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "AIOKV_"))}
+    return {**kept, "HOME": str(home)}
+
+
+@contextlib.contextmanager
+def served_process(*arguments: str, home: Path) -> Generator[tuple[subprocess.Popen[str], str]]:
+    """Run `aiokv serve` as a process of its own; give it and its address once it accepts connections."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aiokv", "serve", "--port", "0", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(home),
+    )
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert " at http" in line, f"no address announced: {line!r}"
+        yield process, line.split(" at ", 1)[1].split(",")[0].strip()
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 10.0) -> None:
+    """Wait for another thread or process, which has no clock to inject."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
