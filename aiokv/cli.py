@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 the key is absent, 2 failed.
     """
     options = _parser().parse_args(arguments)
+    logging.basicConfig(format="aiokv: %(message)s", level=logging.WARNING)
     try:
         return int(options.run(options))
     except (AioKVError, ValueError, TypeError) as error:
@@ -72,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--tls-key", metavar="F", help="PEM key of the certificate, where --tls-cert does not hold it")
     serve.set_defaults(run=_serve)
 
-    access = commands.add_parser("access", help="make keys for `aiokv serve --access-file`")
+    access = commands.add_parser(
+        "access",
+        help="make keys for `aiokv serve --access-file`",
+        description="Make keys for `aiokv serve --access-file`. Each account sees stores of its own. The file is text, one key "
+        "a line; it keeps hashes of the secrets and the key that signs tokens, so keep it private.",
+    )
     access_commands = access.add_subparsers(required=True, metavar="command")
     add = access_commands.add_parser(
         "add",

@@ -66,6 +66,16 @@ def check_url(url: str) -> str:
     return parts.scheme
 
 
+def preload(url: str) -> None:
+    """Import what a URL's backend needs, so that the first call in a running event loop does not pay for that.
+
+    Args:
+        url: A URL of any form.
+    """
+    if url.startswith(("http://", "https://")):
+        import aiokv.remote.backend  # noqa: F401, PLC0415
+
+
 def open_backend(
     url: str,
     *,

@@ -15,7 +15,7 @@ import orjson
 from aiokv.backends.base import Backend
 from aiokv.errors import AioKVError, BatchError, DecodeError, shown
 from aiokv.limits import check_db_name, check_entry, check_ttl, check_value
-from aiokv.opening import check_url, open_backend, resolve_url
+from aiokv.opening import check_url, open_backend, preload, resolve_url
 from aiokv.remote.options import Credentials, HttpOptions
 from aiokv.remote.retry import RetryPolicy
 
@@ -72,6 +72,7 @@ class AsyncKVStore:
         self._retry = retry or RetryPolicy()
         self._http = http or HttpOptions()
         self._concurrency = concurrency
+        preload(self.url)
         self._bound: _Bound = _UNBOUND
 
     @property

@@ -76,16 +76,16 @@ def parse_entry_path(entry: str) -> tuple[str, str]:
     return db_name, key
 
 
-def ttl_query(ttl_seconds: int) -> str:
+def ttl_query(ttl_seconds: int) -> dict[str, str]:
     """Build the query of a set.
 
     Args:
         ttl_seconds: A checked time to live.
 
     Returns:
-        The query with its question mark.
+        The query's one parameter.
     """
-    return f"?ttl={ttl_seconds}"
+    return {"ttl": str(ttl_seconds)}
 
 
 def parse_ttl_query(query: str) -> int | None:

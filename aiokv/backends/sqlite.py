@@ -268,17 +268,18 @@ class _Writer:
                 loop.call_soon_threadsafe(_resolve_all, outcomes)
 
     def _sweep(self, connection: sqlite3.Connection | None) -> tuple[sqlite3.Connection | None, bool]:
-        """Remove a few expired entries; give back the connection, and whether none were left."""
+        """Remove a few expired entries and give a few pages back; say with what connection, and whether that was all."""
         try:
             connection = connection or _connect(self._path)
             removed = connection.execute(_SWEEP, (self._clock(), _SWEEP_STEP_ENTRIES)).rowcount
-            if removed:
-                # Each row that this yields is a page given back.
+            free_pages: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
+            if free_pages > _VACUUM_STEP_PAGES:
+                # The pragma gives back a page for each row that is read of it.
                 connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_STEP_PAGES})").fetchall()
         except sqlite3.Error:
             # The file is locked, full or read-only. The next round tries again, and reads never show what has expired.
             return connection, True
-        return connection, removed < _SWEEP_STEP_ENTRIES
+        return connection, removed < _SWEEP_STEP_ENTRIES and free_pages <= _VACUUM_STEP_PAGES
 
 
 def _resolve_all(outcomes: Sequence[tuple[_Write, CallError | None]]) -> None:

@@ -353,7 +353,9 @@ class TokenSource:
         except Exception as error:
             # While the old token lives, calls go on with it, and the next try waits a little.
             self._renew_at = min(self._clock() + _BACKGROUND_RETRY_SECONDS, self._expires_at)
-            logger.warning("token renewal failed: %s", error)
+            if self._clock() < self._expires_at:
+                # Nobody may be waiting for it, so nobody else would say so.
+                logger.warning("token renewal failed, the old token goes on: %s", error)
             raise
         # A token that is dead on arrival means that clocks disagree: it is used until it is refused.
         lifetime = token.lifetime_seconds if token.lifetime_seconds > 0 else _ASSUMED_LIFETIME_SECONDS

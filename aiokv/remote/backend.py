@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from yarl import URL
 
@@ -28,15 +28,14 @@ _UNAUTHORIZED = 401
 _NOT_FOUND = 404
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(NamedTuple):
     """One get, set or delete, as it goes out and as its errors name it."""
 
     verb: Verb
     db_name: str
     key: str
     url: URL
-    body: bytes | None
+    body: bytes | None = None
     # What an answer must not echo into an error.
     value: str = ""
 
@@ -67,7 +66,8 @@ class RemoteBackend:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._base = str(url).rstrip("/")
+        self._url = url
+        self._prefix = url.raw_path.rstrip("/")
         self._host = url.authority
         self._policy = policy or RetryPolicy()
         self._sleep = sleep
@@ -108,10 +108,14 @@ class RemoteBackend:
             await self._tokens.aclose()
         await self._transport.aclose()
 
-    def _call(self, verb: Verb, db_name: str, key: str, *, query: str = "", value: str | None = None) -> _Call:
+    def _call(
+        self, verb: Verb, db_name: str, key: str, *, query: dict[str, str] | None = None, value: str | None = None
+    ) -> _Call:
         # Encoded by us: yarl would drop "." segments and decode what it thinks safe.
-        url = URL(self._base + entry_path(verb, db_name, key) + query, encoded=True)
-        return _Call(verb, db_name, key, url, None if value is None else value.encode(), value or "")
+        url = self._url.with_path(self._prefix + entry_path(verb, db_name, key), encoded=True)
+        if value is None:
+            return _Call(verb, db_name, key, url)
+        return _Call(verb, db_name, key, url.with_query(query), value.encode(), value)
 
     async def _answer(self, call: _Call) -> Answer:
         """Send a call until it is answered, refused, or out of attempts or time."""
@@ -130,10 +134,12 @@ class RemoteBackend:
     async def _attempt(self, call: _Call, deadline: float) -> Answer:
         """Send a call once; where its token is refused, renew that and send it once more."""
         try:
-            header = await self._header(deadline)
+            header = self._tokens.current() if self._tokens is not None else None
+            if header is None and self._tokens is not None:
+                header = await self._new_header(deadline)
             answer = await self._send(call, header, deadline)
             if answer.status == _UNAUTHORIZED and header is not None:
-                header = await self._header(deadline, refused=header)
+                header = await self._new_header(deadline, refused=header)
                 answer = await self._send(call, header, deadline)
             if answer.status == _OK or (answer.status == _NOT_FOUND and call.verb == "get"):
                 return answer
@@ -147,11 +153,9 @@ class RemoteBackend:
             headers["Content-Type"] = "text/plain; charset=utf-8"
         return await self._transport.request(METHODS[call.verb], call.url, headers, call.body, deadline)
 
-    async def _header(self, deadline: float, refused: str | None = None) -> str | None:
+    async def _new_header(self, deadline: float, refused: str | None = None) -> str | None:
         if self._tokens is None:
             return None
-        if refused is None and (header := self._tokens.current()) is not None:
-            return header
         try:
             async with asyncio.timeout_at(deadline):
                 return await self._tokens.renewed(refused)

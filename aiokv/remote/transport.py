@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import os
 import ssl
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -186,7 +187,7 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
 def _translate(error: Exception, *, write: bool) -> CallError:
     """Give our own error for one of aiohttp's, which hold no header or body."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    detail = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
+    detail = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else type(cause).__name__
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return ConnectError(
             f"the server's certificate is not trusted ({error.certificate_error}); "

@@ -1,0 +1,108 @@
+"""The command line, run as a person runs it."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import clean_environment, served_process
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def aiokv(*arguments: str, home: Path, stdin: bytes = b"", **environment: str) -> tuple[int, bytes, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "aiokv", *arguments],
+        input=stdin,
+        capture_output=True,
+        env={**clean_environment(home), **environment},
+        cwd=home,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+def test_value_set_from_the_shell_is_got_and_deleted(home: Path) -> None:
+    url = "sqlite:///kv.db"
+    assert aiokv("set", "settings", "theme", "dark 😀", "--ttl", "60", "--url", url, home=home) == (0, b"", "")
+    assert aiokv("get", "settings", "theme", home=home, AIOKV_URL=url) == (0, "dark 😀".encode(), "")
+    assert aiokv("delete", "settings", "theme", "--url", url, home=home) == (0, b"", "")
+    code, out, err = aiokv("get", "settings", "theme", "--url", url, home=home)
+    assert (code, out) == (1, b"")
+    assert "no key 'theme' in db 'settings'" in err
+
+
+def test_value_from_standard_input_is_stored_byte_for_byte(home: Path) -> None:
+    value = "line\n\0 é\n".encode()
+    assert aiokv("set", "db", "k", "--url", "sqlite:///kv.db", home=home, stdin=value)[0] == 0
+    assert aiokv("get", "db", "k", "--url", "sqlite:///kv.db", home=home)[1] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("set", "db", "k", "v", "--ttl", "59", "--url", "memory://"), "ttl must be from 60"),
+        (("get", "a/b", "k", "--url", "memory://"), "db_name 'a/b' contains '/'"),
+        (("get", "db", "k", "--url", "ftp://x"), "unknown scheme 'ftp'"),
+        (("get", "db", "k"), "AIOKV_URL=sqlite:///kv.db"),
+        (("get", "db", "k", "--url", "http://127.0.0.1:1"), "no connection"),
+        (("set", "db", "k", "--url", "memory://"), "not UTF-8"),
+        (("serve", "--port", "0", "--host", "0.0.0.0"), "binds to loopback only"),
+        (("serve", "--port", "0", "--access-file", "absent"), "aiokv access add"),
+        (("serve", "--port", "0", "--tls-key", "k.pem"), "--tls-key needs --tls-cert"),
+        (("serve", "--port", "0", "--tls-cert", "c.pem"), "c.pem does not exist"),
+        (("serve", "--port", "0", "--store", "sqlite:///absent/kv.db"), "folder absent does not exist"),
+        (("access", "add", "a:b", "--access-file", "f"), "account must be"),
+    ],
+)
+def test_what_cannot_work_fails_with_one_message_and_no_trace(home: Path, arguments: tuple[str, ...], words: str) -> None:
+    code, out, err = aiokv(*arguments, home=home, stdin=b"\xff", AIOKV_TEST="1")
+    assert (code, out) == (2, b"")
+    assert words in err
+    assert err.startswith("aiokv: ")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [(), ("serve",), ("access",), ("access", "add"), ("get",), ("set",), ("delete",)])
+def test_help_explains_every_command(home: Path, command: tuple[str, ...]) -> None:
+    code, out, _ = aiokv(*command, "--help", home=home)
+    assert code == 0
+    assert len(out) > 200
+
+
+def test_port_that_is_taken_is_named(home: Path) -> None:
+    with served_process("--store", "memory://", home=home) as (_, address):
+        port = address.rsplit(":", 1)[1]
+        code, _, err = aiokv("serve", "--store", "memory://", "--port", port, home=home)
+    assert code == 2
+    assert f"cannot listen on 127.0.0.1 port {port}" in err
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_server_stops_cleanly_when_asked(home: Path, signal_number: signal.Signals) -> None:
+    with served_process("--store", f"sqlite:///{home}/kv.db", home=home) as (process, address):
+        assert aiokv("set", "db", "k", "v", home=home, AIOKV_URL=address)[0] == 0
+        process.send_signal(signal_number)
+        assert process.wait(timeout=10) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == "aiokv: stopping, finishing what is under way\n"
+    assert aiokv("get", "db", "k", "--url", "sqlite:///kv.db", home=home)[1] == b"v"
+
+
+def test_shared_server_takes_the_key_that_the_command_made(home: Path) -> None:
+    code, out, err = aiokv("access", "add", "alice", "--access-file", "access", home=home)
+    assert code == 0
+    assert "shown once" in err
+    key = out.decode().strip()
+    with served_process("--store", "memory://", "--access-file", str(home / "access"), home=home) as (_, address):
+        assert aiokv("set", "db", "k", "v", home=home, AIOKV_URL=address, AIOKV_KEY=key)[0] == 0
+        assert aiokv("get", "db", "k", home=home, AIOKV_URL=address, AIOKV_KEY=key)[1] == b"v"
+        code, _, err = aiokv("get", "db", "k", home=home, AIOKV_URL=address, AIOKV_KEY="alice:wrong")
+        assert code == 2
+        assert "wrong" not in err
+        code, _, err = aiokv("get", "db", "k", home=home, AIOKV_URL=address)
+        assert "set AIOKV_KEY" in err
