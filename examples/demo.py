@@ -1,0 +1,32 @@
+"""Start `aiokv serve` on a free port with a SQLite file, and run the quickstart against it."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        serve = [sys.executable, "-m", "aiokv", "serve", "--port", "0", "--store", f"sqlite:///{folder}/kv.db"]
+        with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as server:  # noqa: S603 (our own command)
+            try:
+                announced = server.stderr.readline().strip() if server.stderr else ""
+                print(announced)
+                if " at " not in announced:
+                    return 1
+                address = announced.split(" at ", 1)[1].split(",")[0]
+                quickstart = Path(__file__).with_name("quickstart.py")
+                environment = {**os.environ, "AIOKV_URL": address}
+                environment.pop("AIOKV_KEY", None)
+                status = subprocess.run([sys.executable, quickstart], env=environment, check=False).returncode  # noqa: S603
+            finally:
+                server.terminate()
+        print(f"server stopped; its file held {(Path(folder) / 'kv.db').stat().st_size:,} bytes")
+    print("The same code runs on fal's service without AIOKV_URL, and on a file with AIOKV_URL=sqlite:///kv.db")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
