@@ -30,6 +30,19 @@ def resolve_url(url: str | None) -> str:
     return url if url is not None else os.environ.get("AIOKV_URL") or DEFAULT_URL
 
 
+def shown_url(url: str) -> str:
+    """Make a URL fit to be shown, whatever somebody has put into it.
+
+    Args:
+        url: A URL of any form.
+
+    Returns:
+        It, with `***` for what stands before an `@`.
+    """
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}://***@{rest.rpartition('@')[2]}" if separator and "@" in rest.partition("/")[0] else url
+
+
 def check_url(url: str) -> str:
     """Check a store's URL, without I/O.
 

@@ -15,7 +15,7 @@ import orjson
 from aiokv.backends.base import Backend
 from aiokv.errors import AioKVError, BatchError, DecodeError, shown
 from aiokv.limits import check_db_name, check_entry, check_ttl, check_value
-from aiokv.opening import check_url, open_backend, preload, resolve_url
+from aiokv.opening import check_url, open_backend, preload, resolve_url, shown_url
 from aiokv.remote.options import Credentials, HttpOptions
 from aiokv.remote.retry import RetryPolicy
 
@@ -87,7 +87,7 @@ class AsyncKVStore:
 
     def __repr__(self) -> str:
         credentials = "" if self._credentials is None else ", credentials='***'"
-        return f"{type(self).__name__}({shown(self._db_name)}, url={self.url!r}{credentials})"
+        return f"{type(self).__name__}({shown(self._db_name)}, url={shown_url(self.url)!r}{credentials})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": None}

@@ -18,6 +18,7 @@ from aiokv.errors import (
     AuthenticationError,
     CallError,
     RejectedError,
+    ResponseError,
     ThrottledError,
     UnavailableError,
     ValueTooLargeError,
@@ -38,7 +39,7 @@ TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _MAX_DETAIL_CHARS = 200
-_UNAUTHORIZED, _FORBIDDEN, _TOO_LARGE, _TOO_MANY, _SERVER_ERRORS = 401, 403, 413, 429, 500
+_REDIRECTS, _UNAUTHORIZED, _FORBIDDEN, _TOO_LARGE, _TOO_MANY, _SERVER_ERRORS = 300, 401, 403, 413, 429, 500
 
 
 def entry_path(verb: Verb, db_name: str, key: str) -> str:
@@ -182,23 +183,37 @@ def error_detail(body: bytes, secrets: tuple[str, ...] = ()) -> str:
     for secret in secrets:
         if secret:
             detail = detail.replace(secret, "***")
-    return "".join(char if char.isprintable() else " " for char in detail[:_MAX_DETAIL_CHARS])
+    return printable(detail)
+
+
+def printable(text: str) -> str:
+    """Make a text from elsewhere fit for a message.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        At most 200 characters of it, with a space for each that does not print.
+    """
+    return "".join(char if char.isprintable() else " " for char in text[:_MAX_DETAIL_CHARS])
 
 
 def error_for_status(status: int, detail: str, *, retry_after: float | None = None, write: bool = False) -> CallError:
     """Give the exception for an answer that is not a success.
 
     Args:
-        status: The HTTP status, 3xx and up.
+        status: The HTTP status, any but 200.
         detail: What the body said, from `error_detail`.
         retry_after: Seconds that the service asked to wait, or None.
         write: Whether the request would have changed something.
 
     Returns:
-        The exception; a write that met a 5xx may have been applied, one that met a 4xx was not.
+        The exception; a write that met a 5xx or an odd 2xx may have been applied, one that met a 3xx or 4xx was not.
     """
     kind: type[CallError]
-    if status in {_UNAUTHORIZED, _FORBIDDEN}:
+    if status < _REDIRECTS:
+        kind = ResponseError
+    elif status in {_UNAUTHORIZED, _FORBIDDEN}:
         kind = AuthenticationError
     elif status == _TOO_LARGE:
         kind = ValueTooLargeError
@@ -212,7 +227,7 @@ def error_for_status(status: int, detail: str, *, retry_after: float | None = No
         detail,
         status=status,
         retry_after=retry_after,
-        maybe_applied=write and status >= _SERVER_ERRORS,
+        maybe_applied=write and (status < _REDIRECTS or status >= _SERVER_ERRORS),
         transient=status in TRANSIENT_STATUSES,
     )
 
@@ -232,13 +247,25 @@ def parse_retry_after(text: str | None, now: datetime | None = None) -> float | 
     text = text.strip()
     if text.isascii() and text.isdigit():
         return float(text)
+    moment = parse_http_date(text)
+    return None if moment is None else max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
+
+
+def parse_http_date(text: str) -> datetime | None:
+    """Read a date as HTTP headers have it.
+
+    Args:
+        text: An HTTP date (RFC 9110 section 5.6.7), or anything.
+
+    Returns:
+        The moment with a time zone, or None where it is no date.
+    """
     try:
         moment = parsedate_to_datetime(text)
     except ValueError:
         return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
+    # Without a zone, or with "-0000", the parser leaves it out; HTTP dates are always UTC.
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def is_loopback(host: str | None) -> bool:

@@ -15,16 +15,14 @@ import tomllib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from pathlib import Path
 
 import orjson
 from yarl import URL
 
-from aiokv.errors import CallError, ConfigurationError, CredentialsError, ResponseError
+from aiokv.errors import CallError, ConfigurationError, CredentialsError, ResponseError, StoreClosedError
 from aiokv.remote.options import Credentials
 from aiokv.remote.transport import Answer
-from aiokv.wire import TOKEN_PATH, is_loopback
+from aiokv.wire import TOKEN_PATH, is_loopback, parse_http_date
 
 logger = logging.getLogger("aiokv")
 
@@ -100,13 +98,15 @@ def find_fal_key() -> KeyCredentials | None:
     return None
 
 
-def _fal_config_path() -> Path:
-    return Path(os.environ.get("FAL_CONFIG_PATH", "~/.fal/config.toml")).expanduser()
+def _fal_config_path() -> str:
+    # Not Path.expanduser, which raises for a user that does not exist.
+    return os.path.expanduser(os.environ.get("FAL_CONFIG_PATH", "~/.fal/config.toml"))  # noqa: PTH111
 
 
-def _fal_profile_key(path: Path) -> str | None:
+def _fal_profile_key(path: str) -> str | None:
     try:
-        config = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:  # noqa: PTH123 (an empty path is no file, and no folder either)
+            config = tomllib.load(file)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -171,7 +171,9 @@ def is_fal_host(host: str | None) -> bool:
     Returns:
         True for fal's own domains and what stands below them.
     """
-    return host is not None and any(host == domain or host.endswith(f".{domain}") for domain in FAL_DOMAINS)
+    # A name may end with the root's dot.
+    host = (host or "").removesuffix(".")
+    return any(host == domain or host.endswith(f".{domain}") for domain in FAL_DOMAINS)
 
 
 def choose_credentials(url: URL, given: "str | Credentials | None") -> Credentials | None:
@@ -255,9 +257,11 @@ def parse_token(answer: Answer) -> Token:
     """
     try:
         body = orjson.loads(answer.body)
-        header = f"{body['token_type']} {body['token']}"
+        token_type, token = body["token_type"], body["token"]
+        header = f"{token_type} {token}"
         expires_at = datetime.fromisoformat(body["expires_at"])
-        if not (header.isascii() and header.isprintable()) or expires_at.tzinfo is None:
+        usable = isinstance(token_type, str) and isinstance(token, str) and token_type and token
+        if not (usable and header.isascii() and header.isprintable()) or expires_at.tzinfo is None:
             raise ValueError  # noqa: TRY301 (one reason for all that a token can lack)
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
         # Not chained: the cause may hold the token.
@@ -268,13 +272,7 @@ def parse_token(answer: Answer) -> Token:
 
 
 def _server_time(answer: Answer) -> datetime:
-    date = answer.headers.get("Date")
-    if date is not None:
-        try:
-            return parsedate_to_datetime(date)
-        except ValueError:
-            pass
-    return datetime.now(UTC)
+    return parse_http_date(answer.headers.get("Date", "")) or datetime.now(UTC)
 
 
 class TokenSource:
@@ -325,9 +323,14 @@ class TokenSource:
         header = self.current()
         if header is not None and header != refused:
             return header
+        flight = self._join_flight()
         try:
             # Shielded: a caller that is cancelled leaves the renewal to the others.
-            await asyncio.shield(self._join_flight())
+            await asyncio.shield(flight)
+        except asyncio.CancelledError:
+            if not flight.cancelled():
+                raise
+            raise StoreClosedError("the store was closed while its token was fetched") from None
         except CallError as error:
             # Each waiting call fills in its own facts.
             raise copy.copy(error) from error

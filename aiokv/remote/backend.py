@@ -20,6 +20,7 @@ from aiokv.wire import (
     error_for_status,
     parse_retry_after,
     parse_value_body,
+    printable,
     ttl_query,
 )
 
@@ -85,22 +86,15 @@ class RemoteBackend:
 
     async def get(self, db_name: str, key: str) -> str | None:
         """Read a value; see `Backend.get`."""
-        call = self._call("get", db_name, key)
-        answer = await self._answer(call)
-        if answer.status == _NOT_FOUND:
-            return None
-        try:
-            return parse_value_body(answer.body)
-        except ValueError as error:
-            raise self._named(call, ResponseError(str(error), status=answer.status, attempts=1)) from None
+        return await self._made(self._call("get", db_name, key))
 
     async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
         """Store a value; see `Backend.set`."""
-        await self._answer(self._call("set", db_name, key, query=ttl_query(ttl_seconds), value=value))
+        await self._made(self._call("set", db_name, key, query=ttl_query(ttl_seconds), value=value))
 
     async def delete(self, db_name: str, key: str) -> None:
         """Remove an entry; see `Backend.delete`."""
-        await self._answer(self._call("delete", db_name, key))
+        await self._made(self._call("delete", db_name, key))
 
     async def aclose(self) -> None:
         """Close every connection; see `Backend.aclose`."""
@@ -117,8 +111,8 @@ class RemoteBackend:
             return _Call(verb, db_name, key, url)
         return _Call(verb, db_name, key, url.with_query(query), value.encode(), value)
 
-    async def _answer(self, call: _Call) -> Answer:
-        """Send a call until it is answered, refused, or out of attempts or time."""
+    async def _made(self, call: _Call) -> str | None:
+        """Send a call until it is answered, refused, or out of attempts or time; give the value of a get."""
         started = self._loop.time()
         deadline = started + self._policy.total_timeout
         try:
@@ -131,7 +125,7 @@ class RemoteBackend:
             error.elapsed = self._loop.time() - started
             raise
 
-    async def _attempt(self, call: _Call, deadline: float) -> Answer:
+    async def _attempt(self, call: _Call, deadline: float) -> str | None:
         """Send a call once; where its token is refused, renew that and send it once more."""
         try:
             header = self._tokens.current() if self._tokens is not None else None
@@ -141,11 +135,14 @@ class RemoteBackend:
             if answer.status == _UNAUTHORIZED and header is not None:
                 header = await self._new_header(deadline, refused=header)
                 answer = await self._send(call, header, deadline)
-            if answer.status == _OK or (answer.status == _NOT_FOUND and call.verb == "get"):
-                return answer
+            if answer.status == _OK:
+                return _value(answer) if call.verb == "get" else None
+            if answer.status == _NOT_FOUND and call.verb == "get":
+                return None
             raise self._refusal(answer, header, secrets=(call.value,), write=call.verb != "get")
         except CallError as error:
-            raise self._named(call, error)  # noqa: B904 (the same error, with its call's name)
+            error.verb, error.db_name, error.key, error.host = call.verb, call.db_name, call.key, self._host
+            raise
 
     async def _send(self, call: _Call, header: str | None, deadline: float) -> Answer:
         headers = {} if header is None else {"Authorization": header}
@@ -169,7 +166,12 @@ class RemoteBackend:
         if self._credentials is None:
             raise AssertionError("a token source exists only where credentials do")
         deadline = self._loop.time() + self._policy.total_timeout
-        headers = {"Authorization": await self._credentials.authorization(), "Content-Type": "application/json"}
+        try:
+            async with asyncio.timeout_at(deadline):
+                authorization = await self._credentials.authorization()
+        except TimeoutError as error:
+            raise CallTimeoutError("the credentials were not given in time", transient=False) from error
+        headers = {"Authorization": authorization, "Content-Type": "application/json"}
 
         async def attempt() -> Token:
             answer = await self._transport.request("POST", self._token_url, headers, b"{}", deadline)
@@ -204,9 +206,19 @@ class RemoteBackend:
             retry_after=parse_retry_after(answer.headers.get("Retry-After")),
             write=write,
         )
-        error.request_id = answer.headers.get("X-Fal-Request-Id") or answer.headers.get("X-Request-Id")
+        error.request_id = _request_id(answer)
         return error
 
-    def _named(self, call: _Call, error: CallError) -> CallError:
-        error.verb, error.db_name, error.key, error.host = call.verb, call.db_name, call.key, self._host
-        return error
+
+def _value(answer: Answer) -> str:
+    try:
+        return parse_value_body(answer.body)
+    except ValueError as error:
+        reason = str(error)
+    # Never asked for again: what answered once so will do so again.
+    raise ResponseError(reason, status=answer.status, request_id=_request_id(answer))
+
+
+def _request_id(answer: Answer) -> str | None:
+    request_id = answer.headers.get("X-Fal-Request-Id") or answer.headers.get("X-Request-Id")
+    return printable(request_id) if request_id else None

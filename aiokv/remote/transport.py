@@ -28,6 +28,7 @@ from aiokv.wire import MAX_ANSWER_BYTES, MAX_ERROR_BODY_BYTES
 # aiohttp warns of a longer body passed as bytes, since it is written in one piece.
 _MAX_DIRECT_BODY_BYTES = 2**20
 _OK = 200
+_LEAST_ATTEMPT_SECONDS = 0.005
 
 
 class Answer(NamedTuple):
@@ -109,7 +110,8 @@ class Transport:
 
     async def _wait_for_slot(self, deadline: float) -> None:
         try:
-            async with asyncio.timeout_at(deadline):
+            # What is left after this would not bring a request anywhere, but would leave its outcome open.
+            async with asyncio.timeout_at(deadline - _LEAST_ATTEMPT_SECONDS):
                 await self._slots.acquire()
         except TimeoutError as error:
             raise PoolTimeoutError(
@@ -137,6 +139,9 @@ class Transport:
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 raise ConnectError(f"no connection within {self._policy.connect_timeout:g} s") from error
             raise CallTimeoutError("no answer in time", maybe_applied=write) from error
+        except ResponseError as error:
+            error.maybe_applied = write
+            raise
         except aiohttp.ClientResponseError as error:
             # Not chained: this error alone holds the request's headers, and with them the token.
             reason = f"what came back is not an HTTP answer ({type(error).__name__})"

@@ -68,8 +68,10 @@ def add_key(path: str | Path, account: str) -> str:
         _make_if_absent(path)
         _parse(path)
         # Appended in one write: two of these at once both stand in the file.
+        # An editor may have left the last line without its end.
+        separator = "" if path.read_bytes().endswith(b"\n") else "\n"
         with path.open("a", encoding="ascii") as file:
-            file.write(f"{account}:sha256:{_hash(secret)}\n")
+            file.write(f"{separator}{account}:sha256:{_hash(secret)}\n")
     except OSError as error:
         raise ConfigurationError(f"access file {path} cannot be written: {error.strerror}") from error
     return f"{account}:{secret}"
@@ -199,7 +201,7 @@ class AccessFile:
 
     def _verify(self, authorization: str) -> tuple[str, float] | None:
         scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer":
+        if scheme.lower() != "bearer" or not token.isascii():
             return None
         try:
             claims = self._jwt.decode(

@@ -1,13 +1,15 @@
 """HTTP to backend and back: routes, limits while the body streams in, and errors as JSON."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
+from collections.abc import Generator
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
 
 import orjson
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from aiokv.backends.base import Backend
 from aiokv.errors import CallError, ConfigurationError, StorageFullError, ValueTooLargeError
@@ -43,7 +45,7 @@ class Service:
         self._access = access
         self._body_timeout_seconds = body_timeout_seconds
 
-    async def handle(self, request: web.BaseRequest) -> web.Response:  # noqa: PLR0911 (one for each kind of failure)
+    async def handle(self, request: web.BaseRequest) -> web.Response:
         """Answer one request.
 
         Args:
@@ -55,7 +57,11 @@ class Service:
         try:
             return await self._answer(request)
         except _Refusal as refusal:
-            return _error(refusal.status, refusal.message, refusal.headers)
+            response = _error(refusal.status, refusal.message, refusal.headers)
+            if "Expect" in request.headers:
+                # The client may send the body all the same, or not: what comes next could not be told apart.
+                response.force_close()
+            return response
         except ValueTooLargeError as error:
             return _error(413, error.reason)
         except StorageFullError as error:
@@ -64,8 +70,8 @@ class Service:
         except (CallError, ConfigurationError) as error:
             logger.error("%s", error)  # noqa: TRY400 (the error says all)
             return _error(503, "the store cannot be reached now", {"Retry-After": "1"})
-        except ValueError as error:
-            return _error(400, str(error))
+        except _ClientLeftError:
+            raise
         except Exception:
             logger.exception("a request failed")
             return _error(500, "internal error")
@@ -76,13 +82,13 @@ class Service:
         if not path.startswith("/"):
             # The absolute form, which a server must take too (RFC 9112 section 3.2.2).
             path = "/" + path.partition("://")[2].partition("/")[2]
-        if self._access is None:
-            _check_host(request)
+        _check_host(request, loopback_only=self._access is None)
         verb, _, entry = path[1:].partition("/")
         if verb in METHODS and entry:
             _check_method(request, METHODS[verb])
             scope = self._scope(request)
-            db_name, key = parse_entry_path(entry)
+            with _as_refusal():
+                db_name, key = parse_entry_path(entry)
             return await self._entry(request, verb, scope + db_name, key, query)
         if path == TOKEN_PATH:
             _check_method(request, "POST")
@@ -99,7 +105,8 @@ class Service:
             value = await self._backend.get(db_name, key)
             return _error(404, "no such key, or it has expired") if value is None else _ok(value_body(value))
         if verb == "set":
-            ttl_seconds = parse_ttl_query(query)
+            with _as_refusal():
+                ttl_seconds = parse_ttl_query(query)
             value = await self._read_value(request)
             await self._backend.set(db_name, key, value, DEFAULT_TTL_SECONDS if ttl_seconds is None else ttl_seconds)
         else:
@@ -115,7 +122,11 @@ class Service:
         else:
             issued = self._access.issue_token(request.headers.get("Authorization", ""))
             if issued is None:
-                raise _Refusal(401, "the key is not known here; expected 'Authorization: Key <id>:<secret>'")
+                raise _Refusal(
+                    401,
+                    "the key is not known here; expected 'Authorization: Key <id>:<secret>'",
+                    {"WWW-Authenticate": "Key"},
+                )
             token, expires_at = issued
         body = {
             "token": token,
@@ -155,7 +166,7 @@ class Service:
         if (request.content_length or 0) > limit_bytes:
             check_value_size(request.content_length or 0)
             raise _Refusal(413, f"the body is over {limit_bytes:,} bytes")
-        if request.headers.get("Expect", "").lower() == "100-continue":
+        if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             # Or the answer would count as begun.
             request.writer.output_size = 0
@@ -170,9 +181,15 @@ class Service:
                     chunks.append(chunk)
         except TimeoutError:
             raise _Refusal(408, f"the body did not arrive within {self._body_timeout_seconds:g} s") from None
+        except ConnectionError:
+            raise _ClientLeftError from None
         except web.RequestPayloadError:
             raise _Refusal(400, "the body is malformed") from None
         return b"".join(chunks)
+
+
+class _ClientLeftError(ConnectionError):
+    """Say that there is nobody to answer; aiohttp takes it for what it is."""
 
 
 class _Refusal(Exception):  # noqa: N818 (an answer, not an error of ours)
@@ -185,12 +202,25 @@ class _Refusal(Exception):  # noqa: N818 (an answer, not an error of ours)
         self.headers = headers or {}
 
 
+@contextlib.contextmanager
+def _as_refusal() -> Generator[None]:
+    """Answer what the checks of names and numbers refuse with their own words, and nothing else's."""
+    try:
+        yield
+    except ValueError as error:
+        raise _Refusal(400, str(error)) from None
+
+
 def _check_method(request: web.BaseRequest, method: str) -> None:
     if request.method != method:
         raise _Refusal(405, f"this path takes {method}", {"Allow": method})
 
 
-def _check_host(request: web.BaseRequest) -> None:
+def _check_host(request: web.BaseRequest, *, loopback_only: bool) -> None:
+    if not request.host.isascii():
+        raise _Refusal(400, "the Host header must be ASCII")
+    if not loopback_only:
+        return
     # A web page can make a browser send requests here, and with a name of its own that resolves here read the answers.
     try:
         host = urlsplit(f"//{request.host}").hostname
