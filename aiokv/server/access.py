@@ -145,20 +145,11 @@ class AccessFile:
         self._jwt = _import_jwt()
         self._stamp = self._read_stamp()
         self._signing_key, self._accounts = _parse(self._path)
+        if self._path.stat().st_mode & 0o077:
+            logger.warning("access file %s can be read by others, who could sign tokens with it; chmod 600 it", self._path)
         self._next_check = time.monotonic() + _RELOAD_INTERVAL_SECONDS
         # A token's signature is checked once; after that this says whose it is and until when.
         self._known_tokens: dict[str, tuple[str, float]] = {}
-
-    def account_of_key(self, authorization: str) -> str | None:
-        """Check a key.
-
-        Args:
-            authorization: The Authorization header, `Key <account>:<secret>`.
-
-        Returns:
-            The account, or None where the key is wrong; both take the same time.
-        """
-        return found[0] if (found := self._find_key(authorization)) is not None else None
 
     def issue_token(self, authorization: str) -> IssuedToken | None:
         """Exchange a key for a token.

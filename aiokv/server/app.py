@@ -13,7 +13,7 @@ from aiohttp import HttpVersion11, web
 
 from aiokv.backends.base import Backend
 from aiokv.errors import CallError, ConfigurationError, StorageFullError, ValueTooLargeError
-from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_VALUE_BYTES, check_value_size
+from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_VALUE_BYTES
 from aiokv.server.access import TOKEN_LIFETIME_SECONDS, AccessFile
 from aiokv.wire import METHODS, TOKEN_PATH, error_body, is_loopback, parse_entry_path, parse_ttl_query, value_body
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("aiokv.server")
 
 BODY_TIMEOUT_SECONDS = 30.0
 
-_JSON_HEADERS = {"Content-Type": "application/json", "Server": "aiokv"}
+_JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "Server": "aiokv"}
 _DONE_BODY = orjson.dumps({"ok": True})
 _MAX_TOKEN_REQUEST_BYTES = 64 * 1024
 READINESS_PROBE = ("aiokv-readiness", "probe")
@@ -137,7 +137,7 @@ class Service:
         return _ok(orjson.dumps(body))
 
     def _scope(self, request: web.BaseRequest) -> str:
-        """Name the account's part of the backend; no db_name and no account holds a `/`."""
+        """Name the account's part of the backend; no account holds a `:`, so the first one ends it."""
         if self._access is None:
             return ""
         account = self._access.account_of_token(request.headers.get("Authorization", ""))
@@ -147,7 +147,7 @@ class Service:
                 f"the token is missing, expired or not from here; exchange a key for one at POST {TOKEN_PATH}",
                 {"WWW-Authenticate": "Bearer"},
             )
-        return f"{account}/"
+        return f"{account}:"
 
     async def _read_value(self, request: web.BaseRequest) -> str:
         body = await self._read_body(request, MAX_VALUE_BYTES)
@@ -164,12 +164,9 @@ class Service:
         if encoding != "identity":
             raise _Refusal(415, "the body must be sent without Content-Encoding")
         if (request.content_length or 0) > limit_bytes:
-            check_value_size(request.content_length or 0)
-            raise _Refusal(413, f"the body is over {limit_bytes:,} bytes")
+            raise _Refusal(413, _too_large(request.content_length, limit_bytes))
         if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            # Or the answer would count as begun.
-            request.writer.output_size = 0
         chunks: list[bytes] = []
         size_bytes = 0
         try:
@@ -177,7 +174,7 @@ class Service:
                 while chunk := await request.content.readany():
                     size_bytes += len(chunk)
                     if size_bytes > limit_bytes:
-                        raise _Refusal(413, f"the body is over {limit_bytes:,} bytes, the limit for a value")
+                        raise _Refusal(413, _too_large(None, limit_bytes))
                     chunks.append(chunk)
         except TimeoutError:
             raise _Refusal(408, f"the body did not arrive within {self._body_timeout_seconds:g} s") from None
@@ -209,6 +206,12 @@ def _as_refusal() -> Generator[None]:
         yield
     except ValueError as error:
         raise _Refusal(400, str(error)) from None
+
+
+def _too_large(size_bytes: int | None, limit_bytes: int) -> str:
+    noun = "value" if limit_bytes == MAX_VALUE_BYTES else "body"
+    size = "more than that" if size_bytes is None else f"{size_bytes:,} bytes"
+    return f"{noun} is {size}, over the limit of {limit_bytes:,} bytes"
 
 
 def _check_method(request: web.BaseRequest, method: str) -> None:

@@ -62,7 +62,7 @@ async def running_server(  # noqa: PLR0913 (keywords, each with a default that s
         site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=_BACKLOG)
         try:
             await site.start()
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}") from error
         shown_host = f"[{host}]" if ":" in host else host

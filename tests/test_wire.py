@@ -1,0 +1,106 @@
+"""The pure parts of the protocol: what one side writes, the other reads, and nothing else passes."""
+
+from datetime import UTC, datetime
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiokv.wire import (
+    error_detail,
+    is_loopback,
+    parse_retry_after,
+    parse_ttl_query,
+    parse_value_body,
+    value_body,
+)
+
+NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(("query", "seconds"), [("", None), ("x=1", None), ("ttl=60", 60), ("a=1&ttl=2592000&b", 2_592_000)])
+def test_ttl_is_read_from_the_query(query: str, seconds: int | None) -> None:
+    assert parse_ttl_query(query) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "59", "2592001", "6_0", " 60", "60 ", "+60", "-60", "60.0", "6e1", "0x3c", "٦٠", "６０", "60&ttl=60", "9" * 5000],
+)
+def test_ttl_that_is_no_plain_number_within_the_range_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="ttl must be"):
+        parse_ttl_query(f"ttl={text}")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_value_survives_the_body_of_an_answer(value: str) -> None:
+    assert parse_value_body(value_body(value)) == value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"null", b"[]", b'"v"', b"{}", b'{"value": null}', b'{"value": 1}', b'{"value": "s3cret', b"<html>s3cret", b"\xff"],
+)
+def test_body_that_is_no_value_is_refused_without_being_shown(body: bytes) -> None:
+    with pytest.raises(ValueError, match="is not a JSON object") as caught:
+        parse_value_body(body)
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (None, None),
+        ("0", 0.0),
+        ("120", 120.0),
+        (" 7 ", 7.0),
+        ("Thu, 01 Jan 2026 12:00:30 GMT", 30.0),
+        ("Thu, 01 Jan 2026 12:00:30 -0000", 30.0),
+        ("Thu, 01 Jan 2026 11:00:00 GMT", 0.0),
+        ("soon", None),
+        ("-5", None),
+        ("1.5", None),
+        ("٧", None),
+        ("", None),
+    ],
+)
+def test_retry_after_is_read_as_seconds_or_as_a_date(text: str | None, seconds: float | None) -> None:
+    assert parse_retry_after(text, NOW) == seconds
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        (b'{"error": "bad ttl"}', "bad ttl"),
+        (b"<html>nginx</html>", "an answer of 18 bytes without an error message"),
+        (b'{"error": 5}', "an answer of 12 bytes without an error message"),
+        (b"", "an empty answer"),
+        (b'{"error": "line\\nbreak\\u001b[31m"}', "line break [31m"),
+        (orjson.dumps({"error": "x" * 300}), "x" * 200),
+        (b'{"error": "token t0k3n is not known"}', "token *** is not known"),
+    ],
+)
+def test_error_shows_what_is_fit_to_be_shown(body: bytes, shown: str) -> None:
+    assert error_detail(body, ("t0k3n", "")) == shown
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("localhost.example", False),
+        ("127.0.0.1.example", False),
+        ("10.0.0.1", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_loopback_is_told_by_name(host: str | None, expected: bool) -> None:  # noqa: FBT001 (a table of cases)
+    assert is_loopback(host) is expected
