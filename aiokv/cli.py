@@ -3,11 +3,13 @@
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
 from aiokv.errors import AioKVError
+from aiokv.limits import MAX_VALUE_BYTES, check_value_size
 from aiokv.store import AsyncKVStore
 
 _ABSENT = 1
@@ -46,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
+        # Whoever read the output has gone; the interpreter would complain of it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
+    except OSError as error:
+        print(f"aiokv: {error}", file=sys.stderr)
         return _FAILED
 
 
@@ -94,8 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     get = _entry_command(commands, "get", "print a value; exit status 1 where there is none")
     get.set_defaults(run=_get)
     set_ = _entry_command(commands, "set", "store a value")
-    set_.add_argument("value", metavar="VALUE", nargs="?", help="the value; read from standard input where it is left out")
-    set_.add_argument("--ttl", type=int, metavar="SECONDS", help="60 to 2592000 (30 days, the default)")
+    set_.add_argument(
+        "value",
+        metavar="VALUE",
+        nargs="?",
+        help="the value; read from standard input where it is left out (put -- before one that begins with -)",
+    )
+    set_.add_argument("--ttl", type=_seconds, metavar="SECONDS", help="60 to 2592000 (30 days, the default)")
     set_.set_defaults(run=_set)
     delete = _entry_command(commands, "delete", "remove an entry, if there is one")
     delete.set_defaults(run=_delete)
@@ -110,6 +122,13 @@ def _entry_command(
     command.add_argument("key", metavar="KEY")
     command.add_argument("--url", metavar="URL", help=_URL_HELP)
     return command
+
+
+def _seconds(text: str) -> int:
+    # int() alone would take "6_0" and digits of other scripts.
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError("expected a decimal number of seconds")
+    return int(text)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -150,6 +169,8 @@ def _get(options: argparse.Namespace) -> int:
         print(f"aiokv: no key {options.key!r} in db {options.db_name!r}, or it has expired", file=sys.stderr)
         return _ABSENT
     # The bytes alone, whatever the terminal's encoding: what was stored is what a pipe gets.
+    if sys.stdout is None:
+        raise ValueError("standard output is closed; there is nowhere to write the value")
     sys.stdout.buffer.write(value.encode())
     if sys.stdout.isatty():
         sys.stdout.buffer.write(b"\n")
@@ -160,8 +181,13 @@ def _get(options: argparse.Namespace) -> int:
 def _set(options: argparse.Namespace) -> int:
     value = options.value
     if value is None:
+        if sys.stdin is None:
+            raise ValueError("no VALUE, and standard input is closed")
         try:
-            value = sys.stdin.buffer.read().decode()
+            # One byte more than the limit says enough of a value that is too large.
+            data = sys.stdin.buffer.read(MAX_VALUE_BYTES + 1)
+            check_value_size(len(data))
+            value = data.decode()
         except UnicodeDecodeError:
             raise ValueError("standard input is not UTF-8; encode binary data as text, such as base64") from None
 

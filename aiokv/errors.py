@@ -26,7 +26,7 @@ A bad argument is a plain `ValueError` or `TypeError`, raised before any I/O.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 MAX_SHOWN_KEY_CHARS = 100
 
@@ -192,7 +192,8 @@ class BatchError(AioKVError):
     def __init__(
         self, errors: Mapping[str, Exception], results: Mapping[str, str | None], not_attempted: Sequence[str]
     ) -> None:
-        super().__init__(errors, results, not_attempted)
+        # Not as arguments of the exception: tools print those, and with them the values that were read.
+        super().__init__()
         self.errors = dict(errors)
         self.results = dict(results)
         self.not_attempted = tuple(not_attempted)
@@ -204,8 +205,10 @@ class BatchError(AioKVError):
             f"{len(self.results)} succeeded, {len(self.not_attempted)} were not attempted; first failure: {first}"
         )
 
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        return type(self), (self.errors, self.results, self.not_attempted)
+
     def __repr__(self) -> str:
-        # The default repr shows args, and with them the values that were read.
         return f"BatchError({self})"
 
 

@@ -20,6 +20,8 @@ DEFAULT_TTL_SECONDS = MAX_TTL_SECONDS
 MAX_ENTRY_PATH_BYTES = 8_000
 """Largest `db_name` and `key` together, percent-encoded; verb, TTL and a prefix fill the rest of a request line of 8,190."""
 
+# Python refuses to write out an int of thousands of digits.
+_SHOWN_TTL_BOUND = 10**15
 # One character is at most four bytes of UTF-8, and a byte at most three when percent-encoded.
 _MAX_QUOTED_BYTES_PER_CHAR = 12
 
@@ -117,8 +119,9 @@ def check_ttl(ttl: int | timedelta | None) -> int:
         # A ValueError for a wrong type too: every ttl that is refused can be caught as one exception.
         raise ValueError(f"ttl must be int seconds, a timedelta or None, not {type(ttl).__name__}")  # noqa: TRY004
     if not MIN_TTL_SECONDS <= seconds <= MAX_TTL_SECONDS:
+        given = f"{seconds:,}" if abs(seconds) < _SHOWN_TTL_BOUND else "a number far from that"
         raise ValueError(
-            f"ttl must be from {MIN_TTL_SECONDS} to {MAX_TTL_SECONDS:,} seconds (1 minute to 30 days), not {seconds:,}"
+            f"ttl must be from {MIN_TTL_SECONDS} to {MAX_TTL_SECONDS:,} seconds (1 minute to 30 days), not {given}"
         )
     return seconds
 

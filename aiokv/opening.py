@@ -40,7 +40,7 @@ def shown_url(url: str) -> str:
         It, with `***` for what stands before an `@`.
     """
     scheme, separator, rest = url.partition("://")
-    return f"{scheme}://***@{rest.rpartition('@')[2]}" if separator and "@" in rest.partition("/")[0] else url
+    return f"{scheme}://***@{rest.rpartition('@')[2]}" if separator and "@" in rest else url
 
 
 def check_url(url: str) -> str:
@@ -58,6 +58,8 @@ def check_url(url: str) -> str:
     """
     if not isinstance(url, str):
         raise TypeError(f"url must be str, not {type(url).__name__}")
+    if not url.isprintable() or url != url.strip():
+        raise ConfigurationError(f"url must not have control characters or white space at its ends; known forms: {_KNOWN_URLS}")
     try:
         parts = urlsplit(url)
         host = parts.hostname
@@ -69,7 +71,8 @@ def check_url(url: str) -> str:
     if "@" in parts.netloc:
         raise ConfigurationError("url must not hold credentials; pass credentials='<id>:<secret>' or set AIOKV_KEY")
     if parts.query or parts.fragment or url.endswith(("?", "#")):
-        raise ConfigurationError(f"url {url!r} must not have a query or a fragment")
+        # Not repeated: a query may hold a secret.
+        raise ConfigurationError(f"url must not have a query or a fragment; known forms: {_KNOWN_URLS}")
     if parts.scheme in {"http", "https"} and not host:
         raise ConfigurationError(f"url {url!r} names no host")
     if parts.scheme == "sqlite":
@@ -79,13 +82,25 @@ def check_url(url: str) -> str:
     return parts.scheme
 
 
+def identity_of(url: str) -> str:
+    """Say which store a URL means, so that two stores can tell whether they share it.
+
+    Args:
+        url: A URL of any form.
+
+    Returns:
+        The URL, with a file's path made absolute.
+    """
+    return f"sqlite:///{_sqlite_path(url).absolute()}" if check_url(url) == "sqlite" else url
+
+
 def preload(url: str) -> None:
     """Import what a URL's backend needs, so that the first call in a running event loop does not pay for that.
 
     Args:
         url: A URL of any form.
     """
-    if url.startswith(("http://", "https://")):
+    if url.lower().startswith(("http://", "https://")):
         import aiokv.remote.backend  # noqa: F401, PLC0415
 
 
@@ -126,8 +141,8 @@ def open_backend(
 
 
 def _sqlite_path(url: str) -> Path:
-    path = url.removeprefix("sqlite:///")
-    if path == url or path in {"", "/"}:
+    head, path = url[: len("sqlite:///")].lower(), url[len("sqlite:///") :]
+    if head != "sqlite:///" or path in {"", "/"}:
         raise ConfigurationError(f"url {url!r} names no file; write sqlite:///kv.db, or sqlite:////path/kv.db from the root")
     if path == ":memory:":
         raise ConfigurationError("sqlite:///:memory: is not supported; use memory://")

@@ -15,8 +15,8 @@ import orjson
 from aiokv.backends.base import Backend
 from aiokv.errors import AioKVError, BatchError, DecodeError, shown
 from aiokv.limits import check_db_name, check_entry, check_ttl, check_value
-from aiokv.opening import check_url, open_backend, preload, resolve_url, shown_url
-from aiokv.remote.options import Credentials, HttpOptions
+from aiokv.opening import check_url, identity_of, open_backend, preload, resolve_url, shown_url
+from aiokv.remote.options import Credentials, HttpOptions, check_key_form
 from aiokv.remote.retry import RetryPolicy
 
 T = TypeVar("T")
@@ -30,7 +30,8 @@ class AsyncKVStore:
     Nothing is opened before the first call. One store may be used by many tasks, in several event loops and threads, and
     after a fork: connections belong to the loop and the process that opened them, and all stores of one configuration share
     them. `async with` or `aclose` give them back, as does the end of the loop in `asyncio.run`; a later call opens them anew.
-    A store can be pickled: its configuration travels, its connections do not.
+    A store that is dropped without either leaves them to the next one of its configuration, until the loop ends.
+    A store can be pickled: its configuration travels, credentials that were passed to it among it; its connections do not.
 
     Args:
         db_name: The namespace: any non-empty text without `/` and NUL; each is isolated from every other.
@@ -43,8 +44,9 @@ class AsyncKVStore:
         concurrency: How many calls a `*_many` method makes at once, 1 or more.
 
     Raises:
-        TypeError: `db_name` or `url` is not a string.
-        ValueError: `db_name`, `url`, `credentials` or `concurrency` is not acceptable.
+        TypeError: An argument is of another type.
+        ValueError: `db_name` or `concurrency` is not acceptable.
+        ConfigurationError: `url` is not acceptable, or `credentials` is a text of another form.
     """
 
     def __init__(  # noqa: PLR0913 (keywords, each with a default that serves)
@@ -62,15 +64,21 @@ class AsyncKVStore:
             check_url(url)
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise ValueError(f"concurrency must be an int of 1 or more, not {concurrency!r}")
-        if credentials is not None and not isinstance(credentials, str | Credentials):
+        if isinstance(credentials, str):
+            check_key_form(credentials, "credentials")
+        elif credentials is not None and (isinstance(credentials, type) or not isinstance(credentials, Credentials)):
             raise TypeError(
                 f"credentials must be '<id>:<secret>' or have `async def authorization`, not {type(credentials).__name__}"
             )
+        if retry is not None and not isinstance(retry, RetryPolicy):
+            raise TypeError(f"retry must be a RetryPolicy, not {type(retry).__name__}")
+        if http is not None and not isinstance(http, HttpOptions):
+            raise TypeError(f"http must be HttpOptions, not {type(http).__name__}")
         self._db_name = db_name
         self._url = url
         self._credentials = credentials
-        self._retry = retry or RetryPolicy()
-        self._http = http or HttpOptions()
+        self._retry = RetryPolicy() if retry is None else retry
+        self._http = HttpOptions() if http is None else http
         self._concurrency = concurrency
         preload(self.url)
         self._bound: _Bound = _UNBOUND
@@ -137,6 +145,9 @@ class AsyncKVStore:
         check_entry(self._db_name, key)
         check_value(value)
         ttl_seconds = check_ttl(ttl)
+        if type(value) is not str:
+            # Of a subclass only the text is stored, and so only that comes back, from any store.
+            value = str.__str__(value)
         backend = self._backend_here() or await self._open()
         await backend.set(self._db_name, key, value, ttl_seconds)
 
@@ -197,8 +208,13 @@ class AsyncKVStore:
         try:
             text = orjson.dumps(value).decode()
         except orjson.JSONEncodeError as error:
-            raise TypeError(f"value of type {type(value).__name__} cannot be encoded as JSON: {error}") from None
-        await self.set(key, text, ttl)
+            reason = str(error)
+        except UnicodeDecodeError:
+            # Of an orjson.Fragment; the error holds the value.
+            reason = "it is not UTF-8"
+        else:
+            return await self.set(key, text, ttl)
+        raise TypeError(f"value of type {type(value).__name__} cannot be encoded as JSON: {reason}")
 
     async def get_many(self, keys: Iterable[str]) -> dict[str, str | None]:
         """Read several values at once; a key that stands twice is asked once.
@@ -251,10 +267,17 @@ class AsyncKVStore:
     async def aclose(self) -> None:
         """Give back this store's share of the running loop's connections; safe to call twice.
 
-        Calls of other tasks that are under way fail with `StoreClosedError` where this was the last store that shared them.
+        Where this was the last store that shared them, calls of other tasks that are under way either finish or fail with
+        `StoreClosedError`.
         """
+        loop, epoch, _, sharing_key = self._bound
         self._bound = _UNBOUND
-        await _release(self, self._sharing_key())
+        # What was opened, even where the environment names another store by now.
+        here = loop is get_running_loop() and epoch == _epoch
+        await _release(self, sharing_key if here else self._sharing_key())
+
+    def _unbind(self) -> None:
+        self._bound = _UNBOUND
 
     def _check_keys(self, keys: Iterable[str]) -> list[str]:
         if isinstance(keys, str):
@@ -285,26 +308,27 @@ class AsyncKVStore:
         return {key: results[key] for key in keys}
 
     def _backend_here(self) -> Backend | None:
-        loop, epoch, backend = self._bound
+        loop, epoch, backend, _ = self._bound
         return backend if loop is get_running_loop() and epoch == _epoch else None
 
     async def _open(self) -> Backend:
+        sharing_key = self._sharing_key()
         backend = await _acquire(
             self,
-            self._sharing_key(),
+            sharing_key,
             lambda: open_backend(self.url, credentials=self._credentials, retry=self._retry, http=self._http),
         )
-        self._bound = (get_running_loop(), _epoch, backend)
+        self._bound = (get_running_loop(), _epoch, backend, sharing_key)
         return backend
 
     def _sharing_key(self) -> Hashable:
         # A credentials object counts by identity: it may be equal to another, or not hashable.
         credentials = self._credentials if isinstance(self._credentials, str) else id(self._credentials)
-        return (get_running_loop(), self.url, credentials, self._retry, self._http)
+        return (get_running_loop(), identity_of(self.url), credentials, self._retry, self._http)
 
 
-_Bound = tuple[asyncio.AbstractEventLoop | None, int, Backend | None]
-_UNBOUND: _Bound = (None, 0, None)
+_Bound = tuple[asyncio.AbstractEventLoop | None, int, Backend | None, Hashable]
+_UNBOUND: _Bound = (None, 0, None, None)
 
 
 @dataclass(slots=True, eq=False)
@@ -362,6 +386,8 @@ async def _close_with_loop(sharing_key: Hashable, backend: Backend) -> AsyncGene
             shared = _shared.get(sharing_key)
             if shared is not None and shared.backend is backend:
                 del _shared[sharing_key]
+                for store in list(shared.users):
+                    store._unbind()  # noqa: SLF001 (this module's own)
         await backend.aclose()
 
 

@@ -151,6 +151,23 @@ def parse_value_body(body: bytes) -> str:
     return str(answer["value"])
 
 
+def check_done_body(body: bytes) -> None:
+    """Check the body of a successful set or delete, so that no proxy's page passes for the service's word.
+
+    Args:
+        body: What came with status 200.
+
+    Raises:
+        ValueError: The body is not a JSON object; the message shows none of it.
+    """
+    try:
+        done = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        done = None
+    if not isinstance(done, dict):
+        raise ValueError(f"the answer's body ({len(body):,} bytes) is not a JSON object")  # noqa: TRY004 (as of a get)
+
+
 def error_body(message: str) -> bytes:
     """Build the body of an error.
 

@@ -15,6 +15,7 @@ def main() -> int:
                 announced = server.stderr.readline().strip() if server.stderr else ""
                 print(announced)
                 if " at " not in announced:
+                    print(server.stderr.read() if server.stderr else "", file=sys.stderr)
                     return 1
                 address = announced.split(" at ", 1)[1].split(",")[0]
                 quickstart = Path(__file__).with_name("quickstart.py")

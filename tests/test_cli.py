@@ -55,7 +55,7 @@ def test_value_from_standard_input_is_stored_byte_for_byte(home: Path) -> None:
         (("serve", "--port", "0", "--access-file", "absent"), "aiokv access add"),
         (("serve", "--port", "0", "--tls-key", "k.pem"), "--tls-key needs --tls-cert"),
         (("serve", "--port", "0", "--tls-cert", "c.pem"), "c.pem does not exist"),
-        (("serve", "--port", "0", "--store", "sqlite:///absent/kv.db"), "folder absent does not exist"),
+        (("serve", "--port", "0", "--store", "sqlite:///absent/kv.db"), "absent does not exist; make it first"),
         (("access", "add", "a:b", "--access-file", "f"), "account must be"),
     ],
 )
@@ -72,6 +72,29 @@ def test_help_explains_every_command(home: Path, command: tuple[str, ...]) -> No
     code, out, _ = aiokv(*command, "--help", home=home)
     assert code == 0
     assert len(out) > 200
+
+
+@pytest.mark.parametrize(("command", "words"), [("get", "nowhere to write"), ("set", "standard input is closed")])
+def test_closed_streams_are_failures_and_not_absence(home: Path, command: str, words: str) -> None:
+    url = "sqlite:///kv.db"
+    aiokv("set", "db", "k", "v", "--url", url, home=home)
+    line = f'exec "{sys.executable}" -m aiokv {command} db k --url {url} <&- >&-'
+    done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, env=clean_environment(home), cwd=home, check=False)
+    assert done.returncode == 2
+    assert words in done.stderr.decode()
+
+
+def test_output_that_cannot_be_written_is_a_failure(home: Path) -> None:
+    aiokv("set", "db", "k", "v", "--url", "sqlite:///kv.db", home=home)
+    line = f'exec "{sys.executable}" -m aiokv get db k --url sqlite:///kv.db >/dev/full'
+    done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, env=clean_environment(home), cwd=home, check=False)
+    assert (done.returncode, done.stderr.decode()) == (2, "aiokv: [Errno 28] No space left on device\n")
+
+
+def test_value_too_large_is_refused_from_standard_input_too(home: Path) -> None:
+    code, _, err = aiokv("set", "db", "k", "--url", "memory://", home=home, stdin=b"\xc3\xa9" * 2_000_000)
+    assert code == 2
+    assert "over the limit" in err
 
 
 def test_port_that_is_taken_is_named(home: Path) -> None:

@@ -66,13 +66,13 @@ async def test_values_outlive_the_process_that_wrote_them(tmp_path: Path) -> Non
 
 async def test_concurrent_sets_are_committed_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
-    commit = sqlite._Writer._commit
+    commit = sqlite._Worker._commit
 
-    def count(self: sqlite._Writer, connection: sqlite3.Connection | None, batch: list[sqlite._Write]) -> object:
+    def count(self: sqlite._Worker, batch: list[sqlite._Write]) -> object:
         batches.append(len(batch))
-        return commit(self, connection, batch)
+        return commit(self, batch)
 
-    monkeypatch.setattr(sqlite._Writer, "_commit", count)
+    monkeypatch.setattr(sqlite._Worker, "_commit", count)
     await (await filled(tmp_path / "kv.db", 500)).aclose()
     assert sum(batches) == 500
     assert len(batches) < 50
@@ -109,7 +109,7 @@ async def test_write_that_never_gets_the_lock_fails_and_says_it_was_not_applied(
     backend = await filled(tmp_path / "kv.db", 1)
     other = sqlite3.connect(tmp_path / "kv.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StorageError, match=r"stayed locked by another process.*the set was not applied") as caught:
+    with pytest.raises(StorageError, match=r"stayed locked for .*the set was not applied") as caught:
         await backend.set("db", "k0", "s3cret", 60)
     assert (caught.value.verb, caught.value.db_name, caught.value.key) == ("set", "db", "k0")
     assert "s3cret" not in repr(caught.value)
@@ -290,3 +290,107 @@ async def test_call_after_closing_is_a_typed_error(tmp_path: Path) -> None:
         await backend.get("db", "k0")
     with pytest.raises(StoreClosedError):
         await backend.set("db", "k0", "v", 60)
+
+
+async def test_file_is_the_same_after_the_process_has_changed_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    backend = SqliteBackend("kv.db")
+    await backend.get("db", "k")
+    monkeypatch.chdir(tmp_path / "b")
+    await backend.set("db", "k", "v", 60)
+    assert await backend.get("db", "k") == "v"
+    await backend.aclose()
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("replace", [False, True])
+async def test_write_to_a_file_that_is_gone_is_never_acknowledged(tmp_path: Path, replace: bool) -> None:  # noqa: FBT001
+    path = tmp_path / "kv.db"
+    backend = await filled(path, 1)
+    path.rename(tmp_path / "moved.db")
+    if replace:
+        shutil.copy(tmp_path / "moved.db", path)
+    with pytest.raises(StorageError, match=r"deleted or replaced while it was open.*was not applied"):
+        await backend.set("db", "k", "v", 60)
+    await backend.aclose()
+
+
+async def test_write_that_cannot_be_stored_fails_alone(tmp_path: Path) -> None:
+    backend = await filled(tmp_path / "kv.db", 1)
+    writes = [
+        backend.set("db", "before", "v", 60),
+        backend.set("db", "bad", b"no text", 60),  # type: ignore[arg-type]
+        backend.set("db", "worse", "\ud800", 60),
+        backend.set("db", "after", "v", 60),
+    ]
+    results = await asyncio.gather(*writes, return_exceptions=True)
+    assert [type(result) for result in results] == [type(None), StorageError, StorageError, type(None)]
+    assert [await backend.get("db", key) for key in ("before", "bad", "worse", "after")] == ["v", None, None, "v"]
+    await backend.aclose()
+
+
+async def test_thread_that_cannot_be_started_fails_the_call_and_not_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    backend = SqliteBackend(tmp_path / "kv.db")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(StorageError, match="can't start new thread"):
+            await backend.set("db", "k", "v", 60)
+    await backend.set("db", "k", "v", 60)
+    assert await backend.get("db", "k") == "v"
+    await backend.aclose()
+
+
+async def test_close_that_is_cancelled_while_the_file_opens_still_ends_the_thread(tmp_path: Path) -> None:
+    (await filled_connection(tmp_path / "kv.db")).close()
+    other = sqlite3.connect(tmp_path / "kv.db", isolation_level=None)
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    backend = SqliteBackend(tmp_path / "kv.db")
+    read = asyncio.create_task(backend.get("db", "k"))
+    await asyncio.sleep(0.01)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(backend.aclose(), 0.05)
+    other.execute("COMMIT")
+    other.close()
+    await backend.aclose()
+    with pytest.raises(StoreClosedError):
+        await read
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("aiokv-sqlite")]
+
+
+async def filled_connection(path: Path) -> sqlite3.Connection:
+    await (await filled(path, 1)).aclose()
+    return sqlite3.connect(path)
+
+
+async def test_opening_needs_no_thread_of_the_loops_pool(tmp_path: Path) -> None:
+    backend = SqliteBackend(tmp_path / "kv.db")
+    loop = asyncio.get_running_loop()
+    release = threading.Event()
+    busy = [loop.run_in_executor(None, release.wait) for _ in range(64)]
+    try:
+        await asyncio.wait_for(backend.set("db", "k", "v", 60), 5)
+        await asyncio.wait_for(backend.aclose(), 5)
+    finally:
+        release.set()
+        await asyncio.gather(*busy)
+
+
+async def test_sweeper_keeps_up_with_as_many_writes_as_there_are(tmp_path: Path, clock: FakeClock) -> None:
+    path = tmp_path / "kv.db"
+    backend = SqliteBackend(path, clock=clock, sweep_interval_seconds=0.0)
+    for generation in range(12):
+        await asyncio.gather(*(backend.set("db", f"{generation}-{i}", "v", 60) for i in range(1_000)))
+        clock.advance(60)
+    # Without keeping up, only 64 of a thousand would be gone after each.
+    assert row_count(path) < 6_000
+    await backend.aclose()

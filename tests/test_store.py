@@ -1,6 +1,7 @@
 """AsyncKVStore over an embedded backend: JSON, batches, and what a store says of itself."""
 
 import asyncio
+import enum
 import gc
 import math
 import pickle
@@ -8,11 +9,20 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 import aiokv.opening
 import aiokv.store
-from aiokv import AsyncKVStore, BatchError, ConfigurationError, DecodeError, StorageError
+from aiokv import (
+    AsyncKVStore,
+    BatchError,
+    ConfigurationError,
+    CredentialsError,
+    DecodeError,
+    RetryPolicy,
+    StorageError,
+)
 from aiokv.backends.memory import MemoryBackend
 
 
@@ -253,3 +263,67 @@ def test_repr_masks_credentials() -> None:
 async def test_nan_is_stored_as_null_as_documented(store: AsyncKVStore) -> None:
     await store.set_json("k", math.nan)
     assert await store.get("k") == "null"
+
+
+async def test_closing_gives_back_what_was_opened_though_the_environment_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AsyncKVStore("db")
+    monkeypatch.setenv("AIOKV_URL", f"sqlite:///{tmp_path}/one.db")
+    await store.set("k", "v")
+    monkeypatch.setenv("AIOKV_URL", f"sqlite:///{tmp_path}/two.db")
+    await store.aclose()
+    assert not [key for key in aiokv.store._shared if str(tmp_path) in str(key)]
+
+
+# asyncio's own: such a loop is not meant to go on.
+@pytest.mark.filterwarnings("ignore:asynchronous generator .* was scheduled after:ResourceWarning")
+def test_store_goes_on_in_a_loop_whose_generators_were_finished(tmp_path: Path) -> None:
+    store = AsyncKVStore("db", url=f"sqlite:///{tmp_path}/kv.db")
+    with asyncio.Runner() as runner:
+        runner.run(store.set("k", "v"))
+        runner.run(runner.get_loop().shutdown_asyncgens())
+        assert runner.run(store.get("k")) == "v"
+        runner.run(store.aclose())
+
+
+async def test_relative_paths_of_different_folders_are_different_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        async with AsyncKVStore("db", url="sqlite:///kv.db") as store:
+            assert await store.get("k") is None
+            await store.set("k", name)
+    assert (tmp_path / "a" / "kv.db").exists()
+
+
+@pytest.mark.parametrize("url", ["memory://subclass", "sqlite"])
+async def test_text_of_a_subclass_comes_back_as_plain_text(tmp_path: Path, url: str) -> None:
+    class Color(str, enum.Enum):  # noqa: UP042 (not StrEnum, whose str() is the value)
+        RED = "red"
+
+    async with AsyncKVStore("db", url=f"sqlite:///{tmp_path}/kv.db" if url == "sqlite" else url) as store:
+        await store.set("k", Color.RED)
+        value = await store.get("k")
+    assert (type(value), value) == (str, "red")
+
+
+async def test_json_fragment_that_is_not_utf8_is_refused_without_being_shown(store: AsyncKVStore) -> None:
+    with pytest.raises(TypeError, match="it is not UTF-8") as caught:
+        await store.set_json("k", orjson.Fragment(b"s3cret\xff"))
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("credentials", ["nocolon", "", ":", "id:", ":secret", "i d:secret", "id:sécret"])
+def test_credentials_of_another_form_are_refused_at_construction_without_being_shown(credentials: str) -> None:
+    with pytest.raises(CredentialsError, match="is not a key of the form '<id>:<secret>'") as caught:
+        AsyncKVStore("db", credentials=credentials)
+    assert not credentials or credentials == ":" or credentials not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{"retry": 0}, {"retry": "x"}, {"http": 3}, {"credentials": RetryPolicy}])
+def test_options_of_another_type_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(arguments))} must be"):
+        AsyncKVStore("db", **arguments)

@@ -130,3 +130,88 @@ def test_forked_child_that_exits_in_the_ordinary_way_leaves_its_parents_connecti
         loop.close()
     """
     assert run_script(body, url, tmp_path) == "done\n"
+
+
+def test_child_forked_in_the_middle_of_writes_takes_locks_of_its_own(tmp_path: Path) -> None:
+    body = """
+        import signal
+        async def write_on():
+            i = 0
+            while True:
+                await store.set(f'k{i % 100}', 'v' * 1000)
+                i += 1
+        async def main():
+            writers = [asyncio.create_task(write_on()) for _ in range(32)]
+            for attempt in range(4):
+                await asyncio.sleep(0.05)
+                pid = os.fork()
+                if pid == 0:
+                    signal.alarm(8)
+                    try:
+                        asyncio.events._set_running_loop(None)
+                        asyncio.run(use(f'child{attempt}'))
+                        os._exit(0)
+                    finally:
+                        os._exit(1)
+                code = (await asyncio.to_thread(os.waitpid, pid, 0))[1]
+                assert code == 0, code
+            for writer in writers:
+                writer.cancel()
+            await asyncio.wait(writers)
+            assert await store.get('child3-19') == 'child3'
+            await store.aclose()
+        asyncio.run(main())
+    """
+    assert run_script(body, f"sqlite:///{tmp_path}/kv.db", tmp_path) == "done\n"
+
+
+def test_child_keeps_its_writes_when_its_parent_has_closed_the_file(tmp_path: Path) -> None:
+    body = """
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(use('parent'))
+        began, closed = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            async def child():
+                await store.set('c1', '1')
+                os.write(began[1], b'x')
+                os.read(closed[0], 1)
+                await store.set('c2', '2')
+                assert await store.get('c2') == '2'
+            try:
+                asyncio.run(child())
+                os._exit(0)
+            finally:
+                os._exit(1)
+        os.read(began[0], 1)
+        loop.run_until_complete(store.aclose())
+        os.write(closed[1], b'x')
+        assert os.waitpid(pid, 0)[1] == 0
+        assert loop.run_until_complete(store.get('c2')) == '2'
+        loop.run_until_complete(store.aclose())
+        loop.close()
+    """
+    assert run_script(body, f"sqlite:///{tmp_path}/kv.db", tmp_path) == "done\n"
+
+
+def test_memory_works_in_a_child_forked_while_a_thread_was_writing(tmp_path: Path) -> None:
+    body = """
+        async def write_on():
+            while True:
+                await store.set('k', 'v')
+        threading.Thread(target=lambda: asyncio.run(write_on()), daemon=True).start()
+        for _ in range(40):
+            pid = os.fork()
+            if pid == 0:
+                import signal
+                signal.alarm(5)
+                try:
+                    asyncio.run(use('child'))
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            assert os.waitpid(pid, 0)[1] == 0
+        print('done', flush=True)
+        os._exit(0)
+    """
+    assert run_script(body, "memory://", tmp_path) == "done\n"

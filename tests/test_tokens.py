@@ -16,10 +16,12 @@ from yarl import URL
 
 from aiokv.errors import (
     AuthenticationError,
+    CallError,
     CallTimeoutError,
     RejectedError,
     ResponseError,
     StoreClosedError,
+    TransportError,
     UnavailableError,
 )
 from aiokv.remote.auth import parse_token
@@ -58,7 +60,10 @@ class TokenService:
         self.exchanges += 1
         number = self.exchanges
         await self.gate.wait()
-        if self.token_status != 200:
+        if self.token_status == 0:
+            assert request.transport is not None
+            request.transport.abort()
+        elif self.token_status != 200:
             echo = f"refused {request.headers['Authorization']}"
             return web.json_response({"error": echo}, status=self.token_status, headers={"X-Request-Id": "r-1"})
         self._accepted[f"Bearer token-{number}"] = self.clock() + 3600
@@ -270,9 +275,10 @@ async def test_constant_load_over_many_lives_of_a_token_meets_no_refusal(clock: 
     assert 5 <= service.exchanges <= 8
 
 
-async def test_failed_exchange_is_shared_and_each_call_gets_its_own_error() -> None:
+@pytest.mark.parametrize(("status", "kind"), [(503, UnavailableError), (401, AuthenticationError), (0, TransportError)])
+async def test_failed_exchange_is_shared_and_each_call_gets_its_own_error(status: int, kind: type[CallError]) -> None:
     service = TokenService()
-    service.token_status = 503
+    service.token_status = status
     service.gate.clear()
     async with connected(service, policy=ONCE) as (backend, recorded):
         calls: dict[tuple[str, str], Coroutine[Any, Any, object]] = {}
@@ -289,9 +295,10 @@ async def test_failed_exchange_is_shared_and_each_call_gets_its_own_error() -> N
     assert kv_sends(recorded) == 0
     assert len({id(error) for error in errors}) == 30
     for (verb, key), error in zip(calls, errors, strict=True):
-        assert isinstance(error, UnavailableError)
+        assert type(error) is kind
         assert (error.verb, error.db_name, error.key) == (verb, "db", key)
-        assert (error.status, error.maybe_applied, error.request_id) == (503, False, "r-1")
+        assert (error.status, error.request_id) == ((status, "r-1") if status else (None, None))
+        assert not error.maybe_applied
         assert "hunter2" not in all_texts(error)
 
 
@@ -349,6 +356,19 @@ async def test_store_closed_during_an_exchange_says_so_to_each_call() -> None:
         await backend.aclose()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(outcome, StoreClosedError), repr(outcome)
+
+
+async def test_call_cancelled_while_its_store_is_closed_stays_cancelled() -> None:
+    service = TokenService()
+    service.gate.clear()
+    async with connected(service) as (backend, _):
+        call = asyncio.create_task(backend.get("db", "key"))
+        await until(lambda: service.exchanges == 1)
+        closing = asyncio.create_task(backend.aclose())
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call, closing])
+        assert call.cancelled()
 
 
 async def test_exchange_that_hangs_times_out_with_the_call() -> None:
@@ -480,3 +500,30 @@ async def test_redirect_is_not_followed_and_the_other_host_receives_nothing(stat
     assert other.requests == []
     assert len(recorded.requests) == (1 if redirected == "token" else 2)
     assert (caught.value.status, caught.value.maybe_applied) == (status, False)
+
+
+async def test_call_that_joins_an_old_exchange_has_its_own_time() -> None:
+    asked = 0
+
+    class SlowOnce:
+        async def authorization(self) -> str:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                await asyncio.Event().wait()
+            return "Key id:s3cret"
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if request.raw_path.startswith("/storage"):
+            expires_at = (datetime.now(UTC) + timedelta(hours=2)).isoformat()
+            return web.json_response({"token": "t", "token_type": "Bearer", "base_url": "", "expires_at": expires_at})
+        return web.json_response({"value": "v"})
+
+    async with scripted_service(answer) as (url, _):
+        backend = RemoteBackend(URL(url), credentials=SlowOnce(), policy=RetryPolicy(total_timeout=0.3))
+        first = asyncio.create_task(backend.get("db", "first"))
+        await asyncio.sleep(0.25)
+        assert await backend.get("db", "second") == "v"
+        with pytest.raises(CallTimeoutError):
+            await first
+        await backend.aclose()

@@ -1,8 +1,10 @@
 """Values in this process's memory."""
 
 import heapq
+import os
 import threading
 import time
+import weakref
 
 from aiokv.backends.base import Clock
 
@@ -23,6 +25,7 @@ class MemoryBackend:
         self._entries: dict[tuple[str, str], tuple[str, float]] = {}
         self._expiries: list[tuple[float, str, str]] = []
         self._lock = threading.Lock()
+        _backends.add(self)
 
     async def get(self, db_name: str, key: str) -> str | None:
         """Read a value; see `Backend.get`."""
@@ -58,3 +61,16 @@ class MemoryBackend:
         if len(self._expiries) > 2 * len(self._entries) + 1024:
             self._expiries = [(expires_at, *name) for name, (_, expires_at) in self._entries.items()]
             heapq.heapify(self._expiries)
+
+
+# For forks: a thread that held a lock does not exist in the child, and would never let go of it.
+_backends: "weakref.WeakSet[MemoryBackend]" = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for backend in list(_backends):
+        backend._lock = threading.Lock()  # noqa: SLF001 (this module's own)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

@@ -19,8 +19,16 @@ from datetime import UTC, datetime
 import orjson
 from yarl import URL
 
-from aiokv.errors import CallError, ConfigurationError, CredentialsError, ResponseError, StoreClosedError
-from aiokv.remote.options import Credentials
+from aiokv.errors import (
+    AioKVError,
+    CallError,
+    CallTimeoutError,
+    ConfigurationError,
+    CredentialsError,
+    ResponseError,
+    StoreClosedError,
+)
+from aiokv.remote.options import Credentials, check_key_form
 from aiokv.remote.transport import Answer
 from aiokv.wire import TOKEN_PATH, is_loopback, parse_http_date
 
@@ -50,11 +58,7 @@ class KeyCredentials:
     source: str = "credentials"
 
     def __post_init__(self) -> None:
-        key_id, _, secret = self.key.partition(":")
-        if not (key_id and secret and self.key.isascii() and self.key.isprintable() and " " not in self.key):
-            raise CredentialsError(
-                f"{self.source} holds a text of {len(self.key)} characters that is not a key of the form '<id>:<secret>'"
-            )
+        check_key_form(self.key, self.source)
 
     async def authorization(self) -> str:
         """Give the header; see `Credentials.authorization`."""
@@ -140,9 +144,11 @@ def _fal_login() -> str:
         from fal.auth import fetch_auth_credentials  # type: ignore[import-untyped,unused-ignore]  # noqa: PLC0415
 
         header: str = fetch_auth_credentials().header_value
-    except Exception as error:
-        raise CredentialsError(_nothing_found(f"the login of `fal auth login`: {type(error).__name__}")) from error
-    return header
+    except Exception as error:  # noqa: BLE001 (whatever fal raises; not chained, since its text is not ours to vouch for)
+        reason = type(error).__name__
+    else:
+        return header
+    raise CredentialsError(_nothing_found(f"the login of `fal auth login`: {reason}"))
 
 
 def _nothing_found(login: str) -> str:
@@ -323,15 +329,20 @@ class TokenSource:
         header = self.current()
         if header is not None and header != refused:
             return header
+        joined = self._flight is not None and not self._flight.done()
         flight = self._join_flight()
         try:
             # Shielded: a caller that is cancelled leaves the renewal to the others.
             await asyncio.shield(flight)
         except asyncio.CancelledError:
-            if not flight.cancelled():
+            task = asyncio.current_task()
+            if not flight.cancelled() or (task is not None and task.cancelling()):
                 raise
             raise StoreClosedError("the store was closed while its token was fetched") from None
         except CallError as error:
+            if joined and isinstance(error, CallTimeoutError):
+                # The time that ran out was of whoever began it, perhaps long ago; this call has its own.
+                return await self.renewed(refused)
             # Each waiting call fills in its own facts.
             raise copy.copy(error) from error
         if self._header is None:
@@ -358,7 +369,8 @@ class TokenSource:
             self._renew_at = min(self._clock() + _BACKGROUND_RETRY_SECONDS, self._expires_at)
             if self._clock() < self._expires_at:
                 # Nobody may be waiting for it, so nobody else would say so.
-                logger.warning("token renewal failed, the old token goes on: %s", error)
+                reason = error if isinstance(error, AioKVError) else type(error).__name__
+                logger.warning("token renewal failed, the old token goes on: %s", reason)
             raise
         # A token that is dead on arrival means that clocks disagree: it is used until it is refused.
         lifetime = token.lifetime_seconds if token.lifetime_seconds > 0 else _ASSUMED_LIFETIME_SECONDS

@@ -15,6 +15,7 @@ from aiokv.remote.transport import Answer, Transport
 from aiokv.wire import (
     METHODS,
     Verb,
+    check_done_body,
     entry_path,
     error_detail,
     error_for_status,
@@ -136,7 +137,7 @@ class RemoteBackend:
                 header = await self._new_header(deadline, refused=header)
                 answer = await self._send(call, header, deadline)
             if answer.status == _OK:
-                return _value(answer) if call.verb == "get" else None
+                return _parsed(answer, write=call.verb != "get")
             if answer.status == _NOT_FOUND and call.verb == "get":
                 return None
             raise self._refusal(answer, header, secrets=(call.value,), write=call.verb != "get")
@@ -210,13 +211,18 @@ class RemoteBackend:
         return error
 
 
-def _value(answer: Answer) -> str:
+def _parsed(answer: Answer, *, write: bool) -> str | None:
+    """Read a 200: the value of a get, nothing of a write."""
     try:
-        return parse_value_body(answer.body)
+        if not write:
+            return parse_value_body(answer.body)
+        check_done_body(answer.body)
     except ValueError as error:
         reason = str(error)
+    else:
+        return None
     # Never asked for again: what answered once so will do so again.
-    raise ResponseError(reason, status=answer.status, request_id=_request_id(answer))
+    raise ResponseError(reason, status=answer.status, request_id=_request_id(answer), maybe_applied=write)
 
 
 def _request_id(answer: Answer) -> str | None:

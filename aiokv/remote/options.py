@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from aiokv.errors import CredentialsError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpOptions:
@@ -44,3 +46,19 @@ class Credentials(Protocol):
             CredentialsError: There is none.
         """
         ...
+
+
+def check_key_form(key: str, source: str) -> None:
+    """Check that a text is a key; it is not repeated.
+
+    Args:
+        key: The text; white space around it does not count.
+        source: Where it came from, for the message.
+
+    Raises:
+        CredentialsError: It is not `<id>:<secret>` of printable ASCII.
+    """
+    key = key.strip()
+    key_id, _, secret = key.partition(":")
+    if not (key_id and secret and key.isascii() and key.isprintable() and " " not in key):
+        raise CredentialsError(f"{source} holds a text of {len(key)} characters that is not a key of the form '<id>:<secret>'")

@@ -25,8 +25,8 @@ class RetryPolicy:
     """Say how long a call may take and how often it is tried; all times are in seconds.
 
     Before retry number n the wait is uniform in `[0, min(cap, base * 2**(n - 1))]`. After a 429, or any answer that bears
-    Retry-After, base and cap are the throttled ones and Retry-After is a floor; where it passes the deadline, the call fails
-    at once.
+    Retry-After, base and cap are the throttled ones, and the wait comes on top of Retry-After; where that passes the deadline,
+    the call fails at once.
 
     Args:
         attempts: How often a call is sent at most, 1 or more.
@@ -82,7 +82,8 @@ class RetryPolicy:
         base, cap = (self.throttled_base, self.throttled_cap) if throttled else (self.backoff_base, self.backoff_cap)
         # An exponent past any use would overflow a float.
         bound = min(cap, base * 2.0 ** min(retry_number - 1, 64))
-        return max(random.uniform(0.0, bound), retry_after or 0.0)  # noqa: S311 (spreads load, guards nothing)
+        # On top of what the service asked for: all that it told the same would come back at once.
+        return (retry_after or 0.0) + random.uniform(0.0, bound)  # noqa: S311 (spreads load, guards nothing)
 
 
 async def retry(

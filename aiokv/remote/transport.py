@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import socket
 import ssl
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -192,7 +193,12 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
 def _translate(error: Exception, *, write: bool) -> CallError:
     """Give our own error for one of aiohttp's, which hold no header or body."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    detail = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else type(cause).__name__
+    detail = type(cause).__name__
+    if isinstance(cause, socket.gaierror | ssl.SSLError):
+        # Their numbers are not the system's.
+        detail = cause.strerror or detail
+    elif isinstance(cause, OSError) and cause.errno:
+        detail = os.strerror(cause.errno)
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return ConnectError(
             f"the server's certificate is not trusted ({error.certificate_error}); "
