@@ -35,6 +35,10 @@ def page_count(path: Path) -> int:
         connection.close()
 
 
+def no_thread_is_left() -> bool:
+    return not [thread for thread in threading.enumerate() if thread.name.startswith("aiokv-sqlite")]
+
+
 async def filled(path: Path, count: int, value: str = "v") -> SqliteBackend:
     backend = SqliteBackend(path)
     await asyncio.gather(*(backend.set("db", f"k{i}", value, 60) for i in range(count)))
@@ -280,7 +284,7 @@ async def test_closing_commits_what_was_queued_and_ends_the_thread(tmp_path: Pat
     await backend.aclose()
     await asyncio.gather(*writes)
     assert row_count(tmp_path / "kv.db") == 101
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("aiokv-sqlite")]
+    await asyncio.to_thread(wait_until, no_thread_is_left)
 
 
 async def test_call_after_closing_is_a_typed_error(tmp_path: Path) -> None:
@@ -364,7 +368,7 @@ async def test_close_that_is_cancelled_while_the_file_opens_still_ends_the_threa
     await backend.aclose()
     with pytest.raises(StoreClosedError):
         await read
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("aiokv-sqlite")]
+    await asyncio.to_thread(wait_until, no_thread_is_left)
 
 
 async def filled_connection(path: Path) -> sqlite3.Connection:
