@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _FAILED
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever read the output has gone; the interpreter would complain of it once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _FAILED
     except OSError as error:
-        print(f"aiokv: {error}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError):
+            print(f"aiokv: {error}", file=sys.stderr)
+        if sys.stdout is not None:
+            # What could not be written would be tried, and complained of, once more at the interpreter's end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
 
 
