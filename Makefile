@@ -12,7 +12,7 @@ help:
 	@echo "make test    run every test"
 	@echo "make lint    check format, types and import directions"
 	@echo "make fix     apply what the formatter and the linter can fix"
-	@echo "make bench   measure: client overhead, durable sets, import time"
+	@echo "make bench   measure: the client, durable sets, imports, the decorator, stampedes"
 
 $(DEMO_VENV)/.installed: pyproject.toml
 	@echo "Installing aiokv into $(DEMO_VENV) ..."
@@ -50,10 +50,17 @@ fix: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed
+$(VENV)/.bench: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/client_overhead.py
 	$(BIN)/python benchmarks/sqlite_sets.py
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/decorator.py
+	$(BIN)/python benchmarks/outage.py
+	$(BIN)/python benchmarks/stampede.py --plot stampede.png
 
 clean:
 	rm -rf $(VENV) $(BASE_VENV) $(DEMO_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist .coverage*

@@ -1,5 +1,11 @@
 """aiokv: an expiring key-value store that you await, in fal's service, a server of your own, or an embedded file."""
 
+from aiokv.caching.cache import CacheInfo, cache_bypass, cache_refresh
+from aiokv.caching.codec import JSON, Codec, Encrypted, Zstd
+from aiokv.caching.decorator import CachedFunction, Peeked, kv_cached
+from aiokv.caching.many import CachedManyFunction, kv_cached_many
+from aiokv.caching.near import NearCache
+from aiokv.caching.options import CacheEvent
 from aiokv.errors import (
     AioKVError,
     AuthenticationError,
@@ -24,10 +30,11 @@ from aiokv.errors import (
 from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_TTL_SECONDS, MAX_VALUE_BYTES, MIN_TTL_SECONDS
 from aiokv.remote.options import Credentials, HttpOptions
 from aiokv.remote.retry import RetryPolicy
-from aiokv.store import AsyncKVStore
+from aiokv.store import AsyncKVStore, default_store, set_default_store
 
 __all__ = [
     "DEFAULT_TTL_SECONDS",
+    "JSON",
     "MAX_TTL_SECONDS",
     "MAX_VALUE_BYTES",
     "MIN_TTL_SECONDS",
@@ -35,14 +42,22 @@ __all__ = [
     "AsyncKVStore",
     "AuthenticationError",
     "BatchError",
+    "CacheEvent",
+    "CacheInfo",
+    "CachedFunction",
+    "CachedManyFunction",
     "CallError",
     "CallTimeoutError",
+    "Codec",
     "ConfigurationError",
     "ConnectError",
     "Credentials",
     "CredentialsError",
     "DecodeError",
+    "Encrypted",
     "HttpOptions",
+    "NearCache",
+    "Peeked",
     "PoolTimeoutError",
     "RejectedError",
     "ResponseError",
@@ -54,4 +69,11 @@ __all__ = [
     "TransportError",
     "UnavailableError",
     "ValueTooLargeError",
+    "Zstd",
+    "cache_bypass",
+    "cache_refresh",
+    "default_store",
+    "kv_cached",
+    "kv_cached_many",
+    "set_default_store",
 ]

@@ -327,6 +327,37 @@ class AsyncKVStore:
         return (get_running_loop(), identity_of(self.url), credentials, self._retry, self._http)
 
 
+_default: AsyncKVStore | None = None
+DEFAULT_DB_NAME = "aiokv"
+
+
+def default_store() -> AsyncKVStore:
+    """Give the store that cached functions use where they name none.
+
+    Returns:
+        What `set_default_store` was given, else one of `AIOKV_URL` and the namespace `AIOKV_DB` (or `aiokv`).
+    """
+    global _default  # noqa: PLW0603 (the one default of the process)
+    if _default is None:
+        _default = AsyncKVStore(os.environ.get("AIOKV_DB") or DEFAULT_DB_NAME)
+    return _default
+
+
+def set_default_store(store: AsyncKVStore | None) -> None:
+    """Choose the store that cached functions use where they name none.
+
+    Args:
+        store: The store, or None for that of the environment.
+
+    Raises:
+        TypeError: It is no store.
+    """
+    global _default  # noqa: PLW0603 (likewise)
+    if store is not None and not isinstance(store, AsyncKVStore):
+        raise TypeError(f"store must be an AsyncKVStore, not {type(store).__name__}")
+    _default = store
+
+
 _Bound = tuple[asyncio.AbstractEventLoop | None, int, Backend | None, Hashable]
 _UNBOUND: _Bound = (None, 0, None, None)
 

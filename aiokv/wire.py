@@ -4,6 +4,7 @@ Source: the official client, fal-ai/fal `projects/fal/src/fal/toolkit/kv.py`, fo
 quote keys, so a server takes everything after `/{db_name}/` as the key; this one quotes every byte that is not unreserved.
 """
 
+import functools
 import ipaddress
 import re
 from collections.abc import Mapping
@@ -53,7 +54,13 @@ def entry_path(verb: Verb, db_name: str, key: str) -> str:
     Returns:
         `/{verb}/{db_name}/{key}`, where only unreserved characters stand for themselves, `/` not among them.
     """
-    return f"/{verb}/{quote(db_name, safe='')}/{quote(key, safe='')}"
+    return f"/{verb}/{_quoted(db_name)}/{_quoted(key)}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _quoted(name: str) -> str:
+    # Remembered: the same few names are asked for again and again, and to quote a colon costs as much as half a request's URL.
+    return quote(name, safe="")
 
 
 def parse_entry_path(entry: str) -> tuple[str, str]:

@@ -1,11 +1,12 @@
 """What the measuring scripts share: alternating batches, medians, and a line that says where they ran."""
 
+import contextlib
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -40,3 +41,30 @@ def progress(done: int, total: int, what: str) -> None:
     """Show how far a measurement is, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r{what}: {done} of {total} ", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def verdict(what: str, ratio: float, aim: float) -> bool:
+    """Print whether a ratio is at most what is aimed at, and say so."""
+    met = ratio <= aim
+    print(f"  aim: {what} at most {aim:g} x: {'met' if met else 'MISSED'} ({ratio:.3g} x)")
+    return met
+
+
+def paired_ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    """Give the median ratio of two contenders, taken batch by batch."""
+    return statistics.median(value / other for value, other in zip(values, base, strict=True))
+
+
+@contextlib.contextmanager
+def served(store_url: str) -> Generator[str]:
+    """Run `aiokv serve` in a process of its own, give its address, and stop it whatever happens."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "aiokv", "serve", "--port", "0", "--store", store_url], stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            line = server.stderr.readline() if server.stderr else ""
+            if " at " not in line:
+                raise RuntimeError(f"the server did not start: {line.strip()}")
+            yield line.split(" at ", 1)[1].split(",")[0].strip()
+        finally:
+            server.terminate()

@@ -65,6 +65,28 @@ def test_policy_of_the_readme_is_that_of_the_code() -> None:
     assert sentence in " ".join(README.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["decorator.py", "--only", "near", "--batches", "1", "--calls", "200"], "x async-lru|pip install"),
+        (["outage.py", "--seconds", "1", "--rate", "20", "--read-timeout", "0.1"], "refused .* 0 wrong"),
+        (["stampede.py", "--duration", "3", "--processes", "2", "--rate", "10", "--ttl", "1", "--ways", "early=1"], "expir"),
+    ],
+    ids=["decorator", "outage", "stampede"],
+)
+def test_benchmark_of_the_decorator_runs(tmp_path: Path, arguments: list[str], words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "benchmarks" / arguments[0]), *arguments[1:]],
+        capture_output=True,
+        text=True,
+        env=clean_environment(tmp_path),
+        check=False,
+    )
+    # An aim that is missed, in a run too short to mean anything, is no fault of the script.
+    assert done.returncode in {0, 1}, done.stderr
+    assert re.search(words, done.stdout), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", ["client_overhead.py", "sqlite_sets.py", "import_time.py"])
 def test_benchmark_runs_and_reports_a_ratio(tmp_path: Path, name: str) -> None:
     few = {"client_overhead.py": ["--calls", "100"], "sqlite_sets.py": ["--sets", "100", "--folder", str(tmp_path)]}

@@ -1,0 +1,1 @@
+"""`kv_cached`: share the results of expensive coroutines through a store."""

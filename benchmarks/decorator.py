@@ -1,0 +1,341 @@
+"""CPU of a hit of `kv_cached`, against the hits of other caching decorators and against a bare read of the store.
+
+Three measurements, each in alternating batches of this process's own CPU time, so that a busy machine counts little:
+
+  near    a result in this process: `NearCache` beside async-lru, aiocache, cashews and cachebox, in one event loop
+  store   a result in a real `aiokv serve` process over loopback: the decorated function beside `store.get` and
+          `orjson.loads` of the same entry, with distinct keys
+  instructions (with --instructions; needs valgrind)
+          the near hits once more, in instructions a call: two runs of different length under cachegrind, subtracted,
+          which is the same from run to run whatever else the machine does
+
+Peers hand out the one object they hold; aiokv decodes what could be changed by a caller anew at each hit, which is why a
+small dict is measured beside an int. Peers that are not installed are left out:
+
+  pip install async-lru aiocache cashews cachebox
+
+  python benchmarks/decorator.py                        the near and the store measurement
+  python benchmarks/decorator.py --only near            one of them
+  python benchmarks/decorator.py --only instructions    as is the third
+
+The exit status is 1 where an aim is missed.
+"""
+
+import argparse
+import asyncio
+import functools
+import gc
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import orjson
+from harness import paired_ratio, progress, report, served, verdict
+
+Call = Callable[[str], Awaitable[object]]
+
+KEYS = [f"key-{number}" for number in range(500)]
+NEAR_INT, NEAR_DICT, FLOOR = "aiokv near, int", "aiokv near, small dict", "a dict in an async def"
+SMALL: dict[str, object] = {"id": 17, "name": "somebody", "active": True, "score": 1.5}
+RECORD: dict[str, object] = {
+    "id": 17,
+    "name": "somebody",
+    "tags": ["one", "two", "three"],
+    "address": {"city": "Bern", "zip": 3000},
+}
+INSTRUCTION_CALLS = (1_000, 5_000)
+
+
+async def number(key: str) -> int:
+    """Stand for work whose result nobody can change."""
+    return len(key)
+
+
+async def small(key: str) -> dict[str, Any]:
+    """Stand for work whose result a caller could change."""
+    return {**SMALL, "id": len(key)}
+
+
+async def record(key: str) -> dict[str, Any]:
+    """Stand for work whose result comes from the store."""
+    return {**RECORD, "id": len(key)}
+
+
+def floor() -> Call:
+    """Give what no decorator can beat."""
+    held = {key: len(key) for key in KEYS}
+
+    async def look_up(key: str) -> int:
+        return held[key]
+
+    return look_up
+
+
+def near_int() -> Call:
+    """Decorate with aiokv and a near cache."""
+    from aiokv import AsyncKVStore, NearCache, kv_cached  # noqa: PLC0415 (a run under valgrind loads its contender only)
+
+    return kv_cached(ttl=3600, near=NearCache(60), store=AsyncKVStore("bench", url="memory://"))(number)
+
+
+def near_dict() -> Call:
+    """Likewise, of a result that each caller gets a copy of."""
+    from aiokv import AsyncKVStore, NearCache, kv_cached  # noqa: PLC0415 (likewise)
+
+    return kv_cached(ttl=3600, near=NearCache(60), store=AsyncKVStore("bench", url="memory://"))(small)
+
+
+def async_lru() -> Call:
+    """Decorate with async-lru, with a time to live as ours has."""
+    return importlib.import_module("async_lru").alru_cache(maxsize=1024, ttl=3600)(number)
+
+
+def aiocache() -> Call:
+    """Decorate with aiocache over its memory cache."""
+    return importlib.import_module("aiocache").cached(ttl=3600)(number)
+
+
+def cashews() -> Call:
+    """Decorate with cashews over its memory cache."""
+    cache = importlib.import_module("cashews").Cache()
+    cache.setup("mem://")
+    return cache(ttl="1h")(number)
+
+
+def cachebox() -> Call:
+    """Decorate with cachebox, with a time to live as ours has."""
+    module = importlib.import_module("cachebox")
+    return module.cached(module.TTLCache(1024, global_ttl=3600))(number)
+
+
+CONTENDERS: dict[str, Callable[[], Call]] = {
+    "async-lru": async_lru,
+    NEAR_INT: near_int,
+    NEAR_DICT: near_dict,
+    "cachebox": cachebox,
+    "aiocache": aiocache,
+    "cashews": cashews,
+    FLOOR: floor,
+}
+PEERS = ("async-lru", "cachebox", "aiocache", "cashews")
+
+
+def installed() -> dict[str, Callable[[], Call]]:
+    """Give the contenders that can run here, and say how to get the others."""
+    found = dict(CONTENDERS)
+    for name in PEERS:
+        try:
+            importlib.import_module(name.replace("-", "_"))
+        except ImportError:
+            print(f"{name} is left out, it is not installed: pip install {name}")
+            del found[name]
+    return found
+
+
+async def repeat(call: Call, calls: int) -> None:
+    """Await one call after the other."""
+    done = 0
+    while done < calls:
+        for key in KEYS[: calls - done]:
+            await call(key)
+        done += len(KEYS)
+
+
+async def cpu_microseconds(call: Call, calls: int) -> float:
+    """Give the CPU time of one hit; what has expired meanwhile is fetched before."""
+    await repeat(call, len(KEYS))
+    gc.collect()
+    started = time.process_time()
+    await repeat(call, calls)
+    return (time.process_time() - started) / calls * 1e6
+
+
+async def measure_near(contenders: Mapping[str, Callable[[], Call]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Alternate the contenders in one event loop."""
+    calls = {name: make() for name, make in contenders.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        await cpu_microseconds(call, options.calls // 10)
+    for batch in range(options.batches):
+        progress(batch, options.batches, "batches")
+        order = list(calls.items())
+        for name, call in order if batch % 2 == 0 else reversed(order):
+            # The slow ones need fewer calls for as good a figure.
+            samples[name].append(await cpu_microseconds(call, options.calls // (10 if name in {"aiocache", "cashews"} else 1)))
+    progress(options.batches, options.batches, "batches")
+    return samples
+
+
+def judge_near(ratio: Callable[[str, str], float], names: Sequence[str]) -> bool:
+    """Compare the near hits with what is aimed at."""
+    aims = [
+        (NEAR_INT, "async-lru", 1.0),
+        (NEAR_DICT, "async-lru", 3.0),
+        (NEAR_INT, "aiocache", 1 / 8),
+        (NEAR_DICT, "aiocache", 1 / 8),
+    ]
+    verdicts = [verdict(f"{name} to {base}", ratio(name, base), aim) for name, base, aim in aims if base in names]
+    return all(verdicts)
+
+
+def near(options: argparse.Namespace) -> bool:
+    """Measure hits in this process."""
+    contenders = installed()
+    samples = asyncio.run(measure_near(contenders, options))
+    report("CPU of a hit in this process", "us", samples, "async-lru" if "async-lru" in samples else FLOOR)
+    return judge_near(lambda name, base: paired_ratio(samples[name], samples[base]), list(samples))
+
+
+async def cpu_of_reads(call: Call, calls: int, concurrency: int) -> float:
+    """Call from several tasks, never the same key at once, and give the CPU time of one call."""
+    remaining = iter([KEYS[index % len(KEYS)] for index in range(calls)])
+
+    async def work() -> None:
+        for key in remaining:
+            await call(key)
+
+    gc.collect()
+    started = time.process_time()
+    await asyncio.gather(*(work() for _ in range(concurrency)))
+    return (time.process_time() - started) / calls * 1e6
+
+
+async def measure_store(address: str, options: argparse.Namespace) -> bool:
+    """Alternate the bare read with the decorated function, at each concurrency."""
+    from aiokv import AsyncKVStore, kv_cached  # noqa: PLC0415 (likewise)
+
+    met = True
+    async with AsyncKVStore("bench", url=address, credentials="bench:secret") as store:
+        plain = kv_cached(ttl=3600, early=0, store=store)(record)
+        early = kv_cached(ttl=3600, store=store)(record)
+        entries = {key: plain.key(key) for key in KEYS}
+
+        async def bare(key: str) -> object:
+            text = await store.get(entries[key])
+            # An entry is a line of the cache's own, then the result's JSON.
+            return None if text is None else orjson.loads(text[text.index("\n") + 1 :])
+
+        contenders: dict[str, Call] = {"bare get and loads": bare, "kv_cached, early=0": plain, "kv_cached": early}
+        for key in KEYS:
+            await plain(key)
+        assert await bare("key-1") == await plain("key-1") == await early("key-1") == await record("key-1")  # noqa: S101
+        for concurrency in options.concurrency:
+            samples: dict[str, list[float]] = {name: [] for name in contenders}
+            for call in contenders.values():
+                await cpu_of_reads(call, len(KEYS), concurrency)
+            computed = plain.info().computations + early.info().computations
+            for batch in range(options.batches):
+                progress(batch, options.batches, f"batches, concurrency {concurrency}")
+                order = list(contenders.items())
+                for name, call in order if batch % 2 == 0 else reversed(order):
+                    samples[name].append(await cpu_of_reads(call, options.store_calls, concurrency))
+            progress(options.batches, options.batches, f"batches, concurrency {concurrency}")
+            assert plain.info().computations + early.info().computations == computed  # noqa: S101
+            base = "bare get and loads"
+            report(f"Client CPU of a hit through the store, concurrency {concurrency}, distinct keys", "us", samples, base)
+            for name in ("kv_cached, early=0", "kv_cached"):
+                met &= verdict(f"{name} to {base}", paired_ratio(samples[name], samples[base]), options.store_aim)
+    return met
+
+
+def store(options: argparse.Namespace) -> bool:
+    """Measure hits through a server."""
+    with served("memory://") as address:
+        return asyncio.run(measure_store(address, options))
+
+
+def count_instructions(valgrind: str, name: str, calls: int) -> int:
+    """Run one contender under valgrind and give all that the process executed."""
+    run = subprocess.run(
+        [
+            *[valgrind, "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"],
+            *[sys.executable, __file__, "--contender", name, "--calls", str(calls)],
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        # One order of every dictionary and set, or two runs differ by what they collide.
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+    )
+    counted = re.search(r"I\s+refs:\s+([\d,]+)", run.stderr)
+    if run.returncode != 0 or counted is None:
+        raise RuntimeError(f"{name} failed under valgrind: {run.stderr[-2000:]}")
+    return int(counted[1].replace(",", ""))
+
+
+def instructions(options: argparse.Namespace) -> bool:
+    """Count the instructions of a hit."""
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        print("instructions are left out, valgrind is not installed: apt-get install valgrind")
+        return True
+    names = [name for name in installed() if options.all_peers or name in {"async-lru", NEAR_INT, NEAR_DICT, FLOOR}]
+    jobs = [(name, calls) for name in names for calls in INSTRUCTION_CALLS]
+    totals: dict[tuple[str, int], int] = {}
+    # What is counted does not depend on what else runs.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for job, total in zip(jobs, pool.map(functools.partial(_count_job, valgrind), jobs), strict=True):
+            totals[job] = total
+            progress(len(totals), len(jobs), "runs under valgrind")
+    fewer, more = INSTRUCTION_CALLS
+    per_call = {name: (totals[name, more] - totals[name, fewer]) / (more - fewer) for name in names}
+    print(f"\nInstructions of a hit in this process, {more:,} calls less {fewer:,}")
+    width = max(map(len, names))
+    for name, count in per_call.items():
+        print(
+            f"  {name:<{width}}  {count:10,.0f}"
+            + (f"  {count / per_call['async-lru']:5.2f} x async-lru" if "async-lru" in names else "")
+        )
+    return judge_near(lambda name, base: per_call[name] / per_call[base], names)
+
+
+def _count_job(valgrind: str, job: tuple[str, int]) -> int:
+    return count_instructions(valgrind, *job)
+
+
+async def run_contender(name: str, calls: int) -> None:
+    """Be what valgrind runs: fill the cache, then hit it."""
+    call = CONTENDERS[name]()
+    await repeat(call, len(KEYS))
+    # What the collector does depends on what was allocated before.
+    gc.collect()
+    gc.disable()
+    await repeat(call, calls)
+
+
+def main() -> int:
+    """Run the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("near", "store", "instructions"), help="make one measurement")
+    parser.add_argument("--instructions", action="store_true", help="count instructions under valgrind too (a minute or two)")
+    parser.add_argument("--all-peers", action="store_true", help="count those of every peer, not of async-lru alone")
+    parser.add_argument("--calls", type=int, default=20_000, help="hits in a batch in this process (default: %(default)s)")
+    parser.add_argument(
+        "--store-calls", type=int, default=1_000, help="hits in a batch through the store (default: %(default)s)"
+    )
+    parser.add_argument("--batches", type=int, default=15, help="batches of each contender (default: %(default)s)")
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", default=[1, 64], metavar="N", help="tasks that call the store (default: 1 64)"
+    )
+    parser.add_argument(
+        "--store-aim", type=float, default=1.15, help="largest ratio to a bare read that is no failure (default: %(default)s)"
+    )
+    parser.add_argument("--contender", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender is not None:
+        asyncio.run(run_contender(options.contender, options.calls))
+        return 0
+    wanted = {options.only} if options.only else {"near", "store"} | ({"instructions"} if options.instructions else set())
+    results = [measure(options) for measure in (near, store, instructions) if measure.__name__ in wanted]
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Type assertions that only type checkers run: what kv_cached does to a function's type."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import assert_type
+
+from aiokv import AsyncKVStore, CachedFunction, CacheInfo, Peeked, kv_cached, kv_cached_many
+
+
+@dataclass
+class Forecast:
+    city: str
+
+
+@kv_cached(ttl=60)
+async def forecast(city: str, *, units: str = "metric") -> Forecast:
+    return Forecast(f"{city} {units}")
+
+
+class App:
+    kv: AsyncKVStore
+
+    @kv_cached(ttl=60, store=lambda self: self.kv, ignore=("self",))
+    async def answer(self, question: str, /, effort: int = 1) -> list[int]:
+        return [len(question) * effort]
+
+    @classmethod
+    @kv_cached(ttl=60)
+    async def of_class(cls, size: int) -> float:
+        return float(size)
+
+    @staticmethod
+    @kv_cached(ttl=60)
+    async def of_nobody(size: int) -> bytes:
+        return bytes(size)
+
+
+@kv_cached_many(ttl=60)
+async def users(ids: list[int], locale: str = "en") -> Mapping[int, str]:
+    return dict.fromkeys(ids, locale)
+
+
+async def functions() -> None:
+    assert_type(await forecast("Oslo", units="imperial"), Forecast)
+    assert_type(forecast.key("Oslo"), str)
+    assert_type(await forecast.peek("Oslo"), Peeked[Forecast] | None)
+    assert_type(await forecast.refresh("Oslo"), Forecast)
+    assert_type(await forecast.prime(Forecast("Oslo"), "Oslo"), None)
+    assert_type(await forecast.invalidate("Oslo"), None)
+    assert_type(forecast.info(), CacheInfo)
+    await forecast(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await forecast("Oslo", unit="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await forecast.invalidate()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await forecast.prime("Oslo", "Oslo")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def methods(app: App) -> None:
+    assert_type(await app.answer("why"), list[int])
+    assert_type(await app.answer("why", effort=2), list[int])
+    assert_type(app.answer.key("why"), str)
+    await app.answer.invalidate("why")
+    await app.answer(question="why")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await app.answer(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(await App.of_class(1), float)
+    assert_type(await app.of_class(1), float)
+    assert_type(await App.of_nobody(1), bytes)
+    assert_type(await App.answer(app, "why"), list[int])
+    await App.of_class.invalidate(1)
+    await App.of_nobody.invalidate(1)
+
+
+async def many(ids: Sequence[int]) -> None:
+    assert_type(await users(ids), dict[int, str])
+    assert_type(await users(ids, locale="no"), dict[int, str])
+    assert_type(users.key(1), str)
+    await users(["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+
+
+def not_a_coroutine_function() -> None:
+    @kv_cached(ttl=60)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    def plain(size: int) -> int:
+        return size
+
+    del plain
+
+
+def taken_as_a_parameter(cached: CachedFunction[[str], int]) -> None:
+    assert_type(cached.key("x"), str)
