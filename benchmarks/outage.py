@@ -104,9 +104,8 @@ async def measure(name: str, url: str, options: argparse.Namespace) -> bool:
 
 async def main_async(options: argparse.Namespace) -> bool:
     """Measure each kind of outage."""
-    print(
-        f"Added latency of kv_cached in an outage, {options.rate} calls a second, read_timeout {options.read_timeout:g} s\n{where()}"
-    )
+    load = f"{options.rate} calls a second, read_timeout {options.read_timeout:g} s"
+    print(f"Added latency of kv_cached in an outage, {load}\n{where()}")
     met = await measure("refused", "http://127.0.0.1:1", options)
     for name, handler in (("slow", slow), ("nonsense", nonsense)):
         runner, address = await serve(handler)
