@@ -152,6 +152,7 @@ class Cache(Generic[R]):
         self.counts: dict[str, float] = dict.fromkeys(CacheInfo._fields, 0)
         self.stale_seconds = _as_seconds(options.stale_while_revalidate)
         self.error_seconds = _as_seconds(options.stale_if_error)
+        self._observed = options.observer is not None
         self._own_store: AsyncKVStore | None = None
         # Near slots by the plain arguments of the calls that were served from them.
         self.near_slots: dict[tuple[object, ...], Slot] = {}
@@ -194,12 +195,18 @@ class Cache(Generic[R]):
             if flight is None:
                 flight = Flight(flights, key)
                 if mode == "use":
-                    return await self._read_or_compute(call, flight)
-                if (behind := call.state.behind.get(key)) is not None:
-                    # What began before is older than what is asked for now.
-                    behind.discarded = True
-                flight.refreshes = True
-                flight.compute(self._compute(call, flight, None))
+                    # This task leads: it reads the store itself, which costs least where there is something to serve.
+                    try:
+                        found, store_failed = await self.read(call)
+                        if found is not None and self._serves(call, flight, found):
+                            flight.end(Outcome(found.payload))
+                            return cast("R", found.value)
+                    except BaseException as error:
+                        flight.fail(error)
+                        raise
+                    flight = self._begin(call, flight, found, store_failed=store_failed)
+                else:
+                    self._begin_refresh(call, flight)
             elif mode == "refresh" and not flight.refreshes and not flight.waits_for_this_code():
                 # It may serve what is stored, or store what is older than this moment.
                 flight.discarded = True
@@ -228,7 +235,7 @@ class Cache(Generic[R]):
             return MISSED
         slot.visited = True
         self.counts["near_hits"] += 1
-        if self.options.observer is not None:
+        if self._observed:
             self.tell("near_hit", key)
         return value if payload is None else self.results.loads(payload)
 
@@ -246,36 +253,24 @@ class Cache(Generic[R]):
         """Make the result that one waiter gets."""
         return cast("R", outcome.value if outcome.payload is None else self.results.load(outcome.payload))
 
-    async def _read_or_compute(self, call: Call, flight: Flight) -> R:
-        """Lead a flight: read the store in this task, which costs least where there is something to serve."""
-        stale: Found | None = None
-        try:
-            found, store_failed = await self.read(call)
-            if found is not None:
-                if self._serves(call, flight, found):
-                    flight.end(Outcome(found.payload))
-                    return cast("R", found.value)
-                if self.clock() < found.entry.fresh_until + self.error_seconds:
-                    stale = found
-        except (AioKVError, TimeoutError, OSError) as error:
-            # Where the store's failures raise, they do for everybody who waits for this read.
-            flight.fail(error)
-            raise
-        except BaseException:
-            flight.end()
-            raise
+    def _begin(self, call: Call, flight: Flight, found: Found | None, *, store_failed: bool) -> Flight:
+        """Begin to compute what the store could not serve, unless that has begun; give the flight to wait for."""
         self.count("misses", "miss", call.key)
         behind = call.state.behind.get(call.key)
-        if behind is None or behind.task is None or behind.waits_for_this_code():
-            behind = flight
-            flight.compute(self._compute(call, flight, stale, skip_write=store_failed))
-        else:
-            # It is being computed already, behind those who were served before.
+        if behind is not None and behind.task is not None and not behind.waits_for_this_code():
+            # Behind those who were served before.
             flight.end()
-        outcome = await behind.join()
-        if outcome is None:
-            raise AssertionError("a computation ends with an outcome")
-        return self.own_copy(outcome)
+            return behind
+        stale = found if found is not None and self.clock() < found.entry.fresh_until + self.error_seconds else None
+        flight.compute(self._compute(call, flight, stale, skip_write=store_failed))
+        return flight
+
+    def _begin_refresh(self, call: Call, flight: Flight) -> None:
+        if (behind := call.state.behind.get(call.key)) is not None:
+            # What began before is older than what is asked for now.
+            behind.discarded = True
+        flight.refreshes = True
+        flight.compute(self._compute(call, flight, None))
 
     def _serves(self, call: Call, flight: Flight, found: Found) -> bool:
         """Decide whether what was found is served, and whether it is computed anew behind that."""
@@ -288,11 +283,13 @@ class Cache(Generic[R]):
             self._refresh_behind(call, entry)
         else:
             self.count("hits", "hit", call.key)
-            if not flight.discarded:
+            if self.options.near is not None and not flight.discarded:
                 self.keep_near(call, found.payload, found.value, entry.fresh_until)
             early = self.options.early
-            if early and entry.due_early(now, early, 1.0 - random.random()):  # noqa: S311 (spreads work, guards nothing)
-                self._refresh_behind(call, entry)
+            if early and entry.may_be_due_early(now, early):
+                chance = 1.0 - random.random()  # noqa: S311 (spreads work, guards nothing)
+                if entry.due_early(now, early, chance):
+                    self._refresh_behind(call, entry)
         self.counts["seconds_saved"] += entry.compute_seconds
         return True
 
@@ -311,7 +308,8 @@ class Cache(Generic[R]):
                 raise copy.copy(breaker.error)
             return None, True
         try:
-            text = await call.loop_state.patience.wait(call.store.get(call.key))
+            with call.loop_state.patience.bound():
+                text = await call.store.get(call.key)
         except (AioKVError, TimeoutError, OSError) as error:
             self.store_failed(call, error)
             return None, True
@@ -455,8 +453,10 @@ class Cache(Generic[R]):
             # Until that one is likely to be done, there is no use in asking again.
             await asyncio.sleep(min(seen.compute_seconds, 1.0))
             return
-        if flight.discarded or call.key in call.state.flights:
+        under_way = call.state.flights.get(call.key)
+        if flight.discarded or (under_way is not None and under_way.task is not None):
             return
+        # One that only reads brings nothing newer, and the claim is this one's by now.
         flight.compute(self._compute(call, flight, found, skip_write=store_failed))
         try:
             await flight.join()

@@ -20,6 +20,8 @@ P2 = ParamSpec("P2")
 R = TypeVar("R")
 S = TypeVar("S")
 
+_mode = cache_mode.get
+
 
 class Peeked(NamedTuple, Generic[R]):
     """What is stored of a call.
@@ -38,11 +40,17 @@ class Peeked(NamedTuple, Generic[R]):
 class CachedFunction(Generic[P, R]):
     """A coroutine function whose results are shared through a store; made by `kv_cached`."""
 
+    # The function's own attributes are in the dictionary; what each call needs is found faster outside it.
+    __slots__ = ("__dict__", "__weakref__", "_bound", "_cache", "_near_slots", "_quick")
+
     def __init__(self, cache: Cache[R], bound: tuple[Any, ...] = ()) -> None:
         # First, since it copies the function's own attributes, those of a cached function among them.
         functools.update_wrapper(self, cache.function)
         self._cache = cache
         self._bound = bound
+        # Each is made once, and only ever changed in place.
+        self._near_slots = cache.near_slots
+        self._quick = cache.keys.quick
         # What asyncio.iscoroutinefunction asks for in Python 3.11; inspect's own mark came with 3.12.
         self._is_coroutine_marker = getattr(asyncio.coroutines, "_is_coroutine", None)
         mark = getattr(inspect, "markcoroutinefunction", None)
@@ -55,18 +63,17 @@ class CachedFunction(Generic[P, R]):
 
     async def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Give the result of a call, cached or computed."""
-        cache = self._cache
         arguments = (*self._bound, *args) if self._bound else args
-        if cache.near_slots:
+        if self._near_slots:
             # The shortest way to the near cache, for plain arguments: no key is made.
             try:
-                slot = cache.near_slots.get(cache.keys.quick(*arguments, **kwargs))
+                slot = self._near_slots.get(self._quick(*arguments, **kwargs))
             except TypeError:
                 # An argument is not hashable, or the arguments do not fit: the long way knows.
                 slot = None
-            if slot is not None and cache_mode.get() == "use" and (result := cache.near_hit(slot)) is not MISSED:
+            if slot is not None and _mode() == "use" and (result := self._cache.near_hit(slot)) is not MISSED:
                 return cast("R", result)
-        return await cache.get(arguments, kwargs)
+        return await self._cache.get(arguments, kwargs)
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...

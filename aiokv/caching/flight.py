@@ -5,6 +5,8 @@ from collections.abc import Coroutine
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from aiokv.errors import AioKVError
+
 # The computations that this code is a part of, the innermost last.
 active_flights: "ContextVar[tuple[Flight, ...]]" = ContextVar("aiokv_active_flights", default=())
 
@@ -31,7 +33,7 @@ class Flight:
         # Whether it was asked to compute, whatever is stored.
         self.refreshes = False
         # The flights that this one's computation waits for at the moment.
-        self._waiting_for: set[Flight] = set()
+        self._waiting_for: set[Flight] | None = None
         flights[key] = self
 
     def end(self, outcome: Outcome | None = None) -> None:
@@ -40,8 +42,11 @@ class Flight:
         if self._read is not None and not self._read.done():
             self._read.set_result(outcome)
 
-    def fail(self, error: Exception) -> None:
-        """End the read with an error that is every waiter's."""
+    def fail(self, error: BaseException) -> None:
+        """End the read with an error that is every waiter's; where its task was cancelled, they begin anew."""
+        if not isinstance(error, AioKVError | TimeoutError | OSError):
+            self.end()
+            return
         self.leave_map()
         if self._read is not None and not self._read.done():
             self._read.set_exception(error)
@@ -73,15 +78,20 @@ class Flight:
                 return True
             if flight not in seen:
                 seen.add(flight)
-                ahead.extend(flight._waiting_for)  # noqa: SLF001 (of this class)
+                ahead.extend(flight._waiting_for or ())  # noqa: SLF001 (of this class)
         return False
 
     async def join(self) -> Outcome | None:
         """Wait for the outcome; None says to begin anew. The last waiter to leave cancels the computation."""
         self._waiters += 1
         around = active_flights.get()
+        waiting_for: set[Flight] | None = None
         if around:
-            around[-1]._waiting_for.add(self)  # noqa: SLF001 (of this class)
+            innermost = around[-1]
+            if innermost._waiting_for is None:  # noqa: SLF001 (of this class)
+                innermost._waiting_for = set()  # noqa: SLF001 (likewise)
+            waiting_for = innermost._waiting_for  # noqa: SLF001 (likewise)
+            waiting_for.add(self)
         try:
             if self.task is None:
                 if self._read is None:
@@ -91,8 +101,8 @@ class Flight:
                     return outcome
             return await asyncio.shield(self.task)
         finally:
-            if around:
-                around[-1]._waiting_for.discard(self)  # noqa: SLF001 (of this class)
+            if waiting_for is not None:
+                waiting_for.discard(self)
             self._waiters -= 1
             if self._waiters == 0 and self.task is not None and not self.task.done():
                 self.leave_map()
