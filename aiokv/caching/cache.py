@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import inspect
+import itertools
 import logging
 import random
 import time
@@ -33,8 +34,12 @@ _CLAIM_SUFFIX = ":refreshing"
 _CLAIM_TTL_SECONDS = 60
 _PROBE_KEY = "aiokv-probe"
 _MAX_REMEMBERED_SLOTS = 4_096
+_MAX_REMEMBERED_CHARS = 512
 
 MISSED = object()
+
+# Tells caches apart for as long as the process lives, which an address does not.
+_scopes = itertools.count()
 
 Mode = Literal["use", "bypass", "refresh"]
 
@@ -91,6 +96,8 @@ class StoreState:
         self.flights: dict[str, Flight] = {}
         # Computations behind callers, which nobody waits for as long as there is something to serve.
         self.behind: dict[str, Flight] = {}
+        # Computations of several keys at once, which nobody joins.
+        self.apart: set[Flight] = set()
         # The last write of each key: the next one, or a delete, comes after it.
         self.writing: dict[str, asyncio.Task[None]] = {}
         # How many in a row took longer than a caller waits.
@@ -158,8 +165,11 @@ class Cache(Generic[R]):
         self.near_slots: dict[tuple[object, ...], Slot] = {}
         # A near cache may serve several functions, whose stores may differ though their keys are the same.
         has_one_store = options.store is None or isinstance(options.store, AsyncKVStore)
-        self._near_scope: Hashable = id(self) if has_one_store else None
-        self._first_parameter = next(iter(inspect.signature(function).parameters), "")
+        self._scope = next(_scopes)
+        self._near_scope: Hashable = (self._scope,) if has_one_store else None
+        parameters = inspect.signature(function).parameters
+        self._first_parameter = next(iter(parameters), "")
+        self._first_default = parameters[self._first_parameter].default if parameters else None
         self._store_takes_first = not has_one_store and bool(inspect.signature(cast("Any", options.store)).parameters)
         self._states: dict[asyncio.AbstractEventLoop, LoopState] = {}
         # Of the last call, which most likely is that of the next; one attribute, since loops of several threads change it.
@@ -244,7 +254,8 @@ class Cache(Generic[R]):
         if self._near_scope is None or self.options.observer is not None:
             return
         call = self.keys.plain_call(args, kwargs)
-        if call is not None:
+        # Long arguments would be kept here beside the near cache's own bound.
+        if call is not None and sum(len(value) for value in call if isinstance(value, str | bytes)) <= _MAX_REMEMBERED_CHARS:
             if len(self.near_slots) >= _MAX_REMEMBERED_SLOTS:
                 self.near_slots.clear()
             self.near_slots[call] = slot
@@ -257,7 +268,7 @@ class Cache(Generic[R]):
         """Begin to compute what the store could not serve, unless that has begun; give the flight to wait for."""
         self.count("misses", "miss", call.key)
         behind = call.state.behind.get(call.key)
-        if behind is not None and behind.task is not None and not behind.waits_for_this_code():
+        if behind is not None and behind.task is not None and not behind.discarded and not behind.waits_for_this_code():
             # Behind those who were served before.
             flight.end()
             return behind
@@ -309,6 +320,10 @@ class Cache(Generic[R]):
             return None, True
         try:
             with call.loop_state.patience.bound():
+                pending = call.state.writing.get(call.key)
+                if pending is not None:
+                    # What is being written or deleted comes before what is read.
+                    await asyncio.wait([pending])
                 text = await call.store.get(call.key)
         except (AioKVError, TimeoutError, OSError) as error:
             self.store_failed(call, error)
@@ -339,7 +354,8 @@ class Cache(Generic[R]):
             return None
 
     async def _compute(self, call: Call, flight: Flight, stale: Found | None, *, skip_write: bool = False) -> Outcome:
-        active_flights.set((*active_flights.get(), flight))
+        # Those that have landed hold nobody up, though a task that one of them left behind still knows of them.
+        active_flights.set((*(one for one in active_flights.get() if one.task is not None and not one.task.done()), flight))
         started, timer = self.clock(), time.perf_counter()
         try:
             result = await self.function(*call.args, **call.kwargs)
@@ -491,16 +507,29 @@ class Cache(Generic[R]):
         Raises:
             CallError: The store could not be reached.
         """
+        self.forget(call)
+        deleting = self._in_order(call, lambda: call.store.delete(call.key))
+        # Shielded: what was asked for is done, whether or not the caller stays.
+        await asyncio.shield(deleting)
+        # What began meanwhile may have read what was there before.
+        self.forget(call)
+
+    def forget(self, call: Call) -> None:
+        """Keep what is under way for a call from being stored, from being joined, and from the near cache.
+
+        Args:
+            call: The call.
+        """
         for flights in (call.state.flights, call.state.behind):
             flight = flights.get(call.key)
             if flight is not None:
                 flight.discarded = True
                 flight.leave_map()
+        for flight in call.state.apart:
+            if flight.key == call.key:
+                flight.discarded = True
         if self.options.near is not None:
             self.options.near.drop(self.near_key(call))
-        deleting = self._in_order(call, lambda: call.store.delete(call.key))
-        # Shielded: what was asked for is done, whether or not the caller stays.
-        await asyncio.shield(deleting)
 
     def call(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Gather what a call needs of the running loop and its store.
@@ -550,7 +579,7 @@ class Cache(Generic[R]):
         if not self._store_takes_first:
             return function()
         # A method's instance may be passed by name, too.
-        return function(args[0] if args else kwargs[self._first_parameter])
+        return function(args[0] if args else kwargs.get(self._first_parameter, self._first_default))
 
     def _probe_of(self, store: AsyncKVStore) -> Callable[[], Coroutine[Any, Any, object]]:
         # Not the store itself, which the breakers' dictionary holds weakly.
@@ -578,7 +607,7 @@ class Cache(Generic[R]):
     def _near_scope_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         # Where the store is a function's, each instance may have its own, with other results under the same key.
         store = self._store(args, kwargs)
-        return (id(self), store)
+        return (self._scope, store)
 
     def store_failed(self, call: Call, error: BaseException) -> None:
         """Count a failure of the store, and raise it where that was asked for."""

@@ -140,7 +140,9 @@ class CachedFunction(Generic[P, R]):
             TypeError: The value would come back changed.
         """
         call = self._call(args, kwargs)
-        # Off the map: nobody waits for it, and a computation under way is not disturbed.
+        # What is under way is older, and is not to come after this.
+        self._cache.forget(call)
+        # Off the map: nobody waits for it.
         await self._cache.keep(call, Flight({}, call.key), value, self._cache.clock(), 0.0)
 
     async def invalidate(self, /, *args: P.args, **kwargs: P.kwargs) -> None:

@@ -1,6 +1,7 @@
 """`kv_cached_many`: for a function from a list of ids to a mapping; each id's result is stored under a key of its own."""
 
 import asyncio
+import copy
 import functools
 import random
 import time
@@ -68,14 +69,10 @@ class CachedManyFunction(Generic[K, P, V]):
         """Forget the results of several ids, in the store and here.
 
         Raises:
-            BatchError: The store could not be reached for some of them.
+            CallError: The store could not be reached for one of them, and may still serve it.
         """
         calls = [self._call(id_, args, kwargs) for id_ in ids]
-        for call in calls:
-            if self._cache.options.near is not None:
-                self._cache.options.near.drop(self._cache.near_key(call))
-        if calls:
-            await calls[0].store.delete_many([call.key for call in calls])
+        await asyncio.gather(*(self._cache.invalidate(call) for call in calls))
 
     def info(self) -> CacheInfo:
         """Say what has been served, computed and saved in this process, counted by id.
@@ -133,11 +130,17 @@ class CachedManyFunction(Generic[K, P, V]):
             return {}, False
         cache, one = self._cache, next(iter(calls.values()))
         if one.state.breaker.open:
+            if cache.options.on_store_error == "raise" and one.state.breaker.error is not None:
+                raise copy.copy(one.state.breaker.error)
             return {}, True
         texts: Mapping[str, str | None] = {}
         failed = False
         try:
             async with asyncio.timeout(cache.options.read_timeout):
+                writing = one.state.writing
+                if pending := [writing[call.key] for call in calls.values() if call.key in writing]:
+                    # What is being written or deleted comes before what is read.
+                    await asyncio.wait(pending)
                 texts = await one.store.get_many([call.key for call in calls.values()])
             one.state.breaker.succeeded()
         except BatchError as error:
@@ -185,6 +188,29 @@ class CachedManyFunction(Generic[K, P, V]):
     ) -> dict[K, V]:
         cache = self._cache
         started, timer = cache.clock(), time.perf_counter()
+        # Known to those who invalidate meanwhile.
+        flights = {id_: Flight({}, calls[id_].key) for id_ in missing}
+        apart = calls[missing[0]].state.apart
+        apart.update(flights.values())
+        try:
+            return await self._computed(missing, calls, args, kwargs, stale, flights, started, timer, skip_write=skip_write)
+        finally:
+            apart.difference_update(flights.values())
+
+    async def _computed(  # noqa: PLR0913, PLR0917 (the call and what is known of it)
+        self,
+        missing: list[K],
+        calls: Mapping[K, Call],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        stale: Mapping[K, Found],
+        flights: Mapping[K, Flight],
+        started: float,
+        timer: float,
+        *,
+        skip_write: bool,
+    ) -> dict[K, V]:
+        cache = self._cache
         try:
             results = await self._function(missing, args, kwargs)
         except cache.options.error_types:
@@ -199,10 +225,7 @@ class CachedManyFunction(Generic[K, P, V]):
         for id_ in had:
             cache.count("computations", "computed", calls[id_].key, seconds)
         outcomes = await asyncio.gather(
-            *(
-                cache.keep(calls[id_], Flight({}, calls[id_].key), results[id_], started, seconds, skip_write=skip_write)
-                for id_ in had
-            )
+            *(cache.keep(calls[id_], flights[id_], results[id_], started, seconds, skip_write=skip_write) for id_ in had)
         )
         return {id_: cache.own_copy(outcome) for id_, outcome in zip(had, outcomes, strict=True)}
 
@@ -311,5 +334,7 @@ def kv_cached_many(  # noqa: PLR0913 (keywords, each with a default that serves)
 
 
 def _value_type(returns: Any) -> Any:
+    if typing.get_origin(returns) is typing.Annotated:
+        returns = typing.get_args(returns)[0]
     arguments = typing.get_args(returns)
     return arguments[1] if len(arguments) == 2 else Any  # noqa: PLR2004 (a mapping's key and value)
