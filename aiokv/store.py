@@ -344,7 +344,7 @@ def default_store() -> AsyncKVStore:
 
 
 def set_default_store(store: AsyncKVStore | None) -> None:
-    """Choose the store that cached functions use where they name none.
+    """Choose the store that cached functions use where they name none; before they are called, since near caches stay.
 
     Args:
         store: The store, or None for that of the environment.

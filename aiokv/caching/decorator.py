@@ -146,7 +146,7 @@ class CachedFunction(Generic[P, R]):
         await self._cache.keep(call, Flight({}, call.key), value, self._cache.clock(), 0.0)
 
     async def invalidate(self, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Forget the result of a call, in the store and here; a computation under way is not stored.
+        """Forget the result of a call, in the store and here; a computation under way in this event loop is not stored.
 
         Raises:
             CallError: The store could not be reached, and may still serve the result.
