@@ -537,3 +537,16 @@ def test_breaker_of_a_loop_that_ended_does_not_keep_the_next_from_the_store() ->
     backend.failing = set()
     asyncio.run(calls())
     assert compute.info().hits == 4
+
+
+async def test_refresh_and_prime_raise_too_while_the_store_is_given_up_on(doubled: Doubled, backend: WatchedBackend) -> None:
+    double = doubled(on_store_error="raise")
+    backend.failing = {"get", "set"}
+    for number in range(FAILURES_TO_OPEN):
+        with pytest.raises(CallError):
+            await double(number)
+    with pytest.raises(CallError):
+        await double.refresh(1)
+    with pytest.raises(CallError):
+        await double.prime(2, 1)
+    await double.aclose()

@@ -313,10 +313,7 @@ class Cache(Generic[R]):
         Returns:
             What can be read, and whether the store failed; what cannot be read is a miss, which gets overwritten.
         """
-        breaker = call.state.breaker
-        if breaker.open:
-            if self.options.on_store_error == "raise" and breaker.error is not None:
-                raise copy.copy(breaker.error)
+        if self.passes_by(call.state):
             return None, True
         try:
             with call.loop_state.patience.bound():
@@ -330,6 +327,24 @@ class Cache(Generic[R]):
             return None, True
         call.state.breaker.succeeded()
         return self.found(call.key, text), False
+
+    def passes_by(self, state: StoreState) -> bool:
+        """Say whether the store is not to be asked for now, since it has failed; raise that where it was asked for.
+
+        Args:
+            state: The store's.
+
+        Returns:
+            True while the breaker is open.
+
+        Raises:
+            Exception: What the store failed with last, where `on_store_error` is `"raise"`.
+        """
+        if not state.breaker.open:
+            return False
+        if self.options.on_store_error == "raise" and state.breaker.error is not None:
+            raise copy.copy(state.breaker.error)
+        return True
 
     def found(self, key: str, text: str | None) -> Found | None:
         """Read what the store gave.
@@ -404,7 +419,7 @@ class Cache(Generic[R]):
         entry = Entry(payload, applied, started, started + fresh_seconds, seconds)
         self.keep_near(call, json, result, entry.fresh_until)
         loaded = len(call.loop_state.background) >= MAX_BACKGROUND_TASKS and call.state.slow_writes >= FAILURES_TO_OPEN
-        if not skip_write and not call.state.breaker.open and not loaded:
+        if not skip_write and not loaded and not self.passes_by(call.state):
             text, ttl_seconds = pack(key, entry), self.options.kept_seconds(fresh_seconds)
             writing = self._in_order(call, lambda: self._write(call, text, ttl_seconds))
             # After a few slow writes in a row nobody waits for one, until one has landed in time.

@@ -1,7 +1,6 @@
 """`kv_cached_many`: for a function from a list of ids to a mapping; each id's result is stored under a key of its own."""
 
 import asyncio
-import copy
 import functools
 import random
 import time
@@ -129,9 +128,7 @@ class CachedManyFunction(Generic[K, P, V]):
         if not calls:
             return {}, False
         cache, one = self._cache, next(iter(calls.values()))
-        if one.state.breaker.open:
-            if cache.options.on_store_error == "raise" and one.state.breaker.error is not None:
-                raise copy.copy(one.state.breaker.error)
+        if cache.passes_by(one.state):
             return {}, True
         texts: Mapping[str, str | None] = {}
         failed = False
