@@ -13,7 +13,7 @@ def main() -> int:
         with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as server:  # noqa: S603 (our own command)
             try:
                 announced = server.stderr.readline().strip() if server.stderr else ""
-                print(announced)
+                print(announced, flush=True)
                 if " at " not in announced:
                     print(server.stderr.read() if server.stderr else "", file=sys.stderr)
                     return 1
