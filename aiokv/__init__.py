@@ -28,9 +28,11 @@ from aiokv.errors import (
     ValueTooLargeError,
 )
 from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_TTL_SECONDS, MAX_VALUE_BYTES, MIN_TTL_SECONDS
+from aiokv.remote.hedge import HedgePolicy
 from aiokv.remote.options import Credentials, HttpOptions
 from aiokv.remote.retry import RetryPolicy
 from aiokv.store import AsyncKVStore, default_store, set_default_store
+from aiokv.telemetry import CallEnded, CallHedged, CallRetried, CallStarted, Event, Observer, TokenRenewed
 
 __all__ = [
     "DEFAULT_TTL_SECONDS",
@@ -46,7 +48,11 @@ __all__ = [
     "CacheInfo",
     "CachedFunction",
     "CachedManyFunction",
+    "CallEnded",
     "CallError",
+    "CallHedged",
+    "CallRetried",
+    "CallStarted",
     "CallTimeoutError",
     "Codec",
     "ConfigurationError",
@@ -55,8 +61,11 @@ __all__ = [
     "CredentialsError",
     "DecodeError",
     "Encrypted",
+    "Event",
+    "HedgePolicy",
     "HttpOptions",
     "NearCache",
+    "Observer",
     "Peeked",
     "PoolTimeoutError",
     "RejectedError",
@@ -66,6 +75,7 @@ __all__ = [
     "StorageFullError",
     "StoreClosedError",
     "ThrottledError",
+    "TokenRenewed",
     "TransportError",
     "UnavailableError",
     "ValueTooLargeError",

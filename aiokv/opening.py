@@ -6,9 +6,12 @@ from urllib.parse import urlsplit
 
 from aiokv.backends.base import Backend
 from aiokv.backends.memory import MemoryBackend
+from aiokv.backends.observed import ObservedBackend
 from aiokv.errors import ConfigurationError
+from aiokv.remote.hedge import HedgePolicy
 from aiokv.remote.options import Credentials, HttpOptions
 from aiokv.remote.retry import RetryPolicy
+from aiokv.telemetry import Observer
 
 DEFAULT_URL = "https://kv.fal.media"
 
@@ -108,7 +111,6 @@ def open_backend(
     url: str,
     *,
     credentials: str | Credentials | None = None,
-    retry: RetryPolicy | None = None,
     http: HttpOptions | None = None,
 ) -> Backend:
     """Make the backend that a URL names; nothing is read or sent before its first call.
@@ -116,7 +118,6 @@ def open_backend(
     Args:
         url: As for `check_url`.
         credentials: `"<id>:<secret>"` or an object with `authorization`, for `http(s)` URLs.
-        retry: Attempts and timeouts, for `http(s)` URLs.
         http: The pooled session, for `http(s)` URLs, which need a running event loop.
 
     Returns:
@@ -137,7 +138,30 @@ def open_backend(
 
     from aiokv.remote.backend import RemoteBackend  # noqa: PLC0415
 
-    return RemoteBackend(URL(url), credentials=credentials, policy=retry, options=http)
+    return RemoteBackend(URL(url), credentials=credentials, options=http)
+
+
+def tailored(
+    backend: Backend, url: str, *, retry: RetryPolicy, hedge: HedgePolicy | None = None, observer: Observer | None = None
+) -> Backend:
+    """Give a store's own view of a backend that it shares with others.
+
+    Args:
+        backend: What `open_backend` gave.
+        url: The URL that names it.
+        retry: Attempts and timeouts, for `http(s)` URLs.
+        hedge: When reads are sent a second time, for `http(s)` URLs; None never.
+        observer: Who is told of its calls; None costs nothing.
+
+    Returns:
+        The backend itself, or one in front of it.
+    """
+    if check_url(url) in {"http", "https"}:
+        from aiokv.remote.backend import RemoteBackend  # noqa: PLC0415
+
+        if isinstance(backend, RemoteBackend):
+            backend = backend.with_options(retry, hedge)
+    return backend if observer is None else ObservedBackend(backend, observer, url)
 
 
 def _sqlite_path(url: str) -> Path:

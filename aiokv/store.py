@@ -1,6 +1,7 @@
 """`AsyncKVStore`: the store that users await, whatever holds its values."""
 
 import asyncio
+import copy
 import os
 import threading
 import weakref
@@ -8,16 +9,18 @@ from asyncio import get_running_loop
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import orjson
 
 from aiokv.backends.base import Backend
 from aiokv.errors import AioKVError, BatchError, DecodeError, shown
 from aiokv.limits import check_db_name, check_entry, check_ttl, check_value
-from aiokv.opening import check_url, identity_of, open_backend, preload, resolve_url, shown_url
+from aiokv.opening import check_url, identity_of, open_backend, preload, resolve_url, shown_url, tailored
+from aiokv.remote.hedge import HedgePolicy
 from aiokv.remote.options import Credentials, HttpOptions, check_key_form
 from aiokv.remote.retry import RetryPolicy
+from aiokv.telemetry import Observer
 
 T = TypeVar("T")
 
@@ -41,6 +44,8 @@ class AsyncKVStore:
             None takes fal's own credentials for fal's hosts, and the environment's `AIOKV_KEY` for any other.
         retry: For `http(s)` URLs: attempts, timeouts and waits.
         http: For `http(s)` URLs: the connection pool.
+        hedge: For `http(s)` URLs: whether a `get` that is late is sent a second time, and when; `True` takes the defaults.
+        observer: Is told what happens to each call, as with `aiokv.otel.OpenTelemetryObserver()`; any function of one argument.
         concurrency: How many calls a `*_many` method makes at once, 1 or more.
 
     Raises:
@@ -57,6 +62,8 @@ class AsyncKVStore:
         credentials: str | Credentials | None = None,
         retry: RetryPolicy | None = None,
         http: HttpOptions | None = None,
+        hedge: bool | HedgePolicy = False,
+        observer: Observer | None = None,
         concurrency: int = DEFAULT_CONCURRENCY,
     ) -> None:
         check_db_name(db_name)
@@ -70,8 +77,7 @@ class AsyncKVStore:
             raise TypeError(
                 f"credentials must be '<id>:<secret>' or have `async def authorization`, not {type(credentials).__name__}"
             )
-        if retry is not None and not isinstance(retry, RetryPolicy):
-            raise TypeError(f"retry must be a RetryPolicy, not {type(retry).__name__}")
+        _check_options(retry, hedge, observer)
         if http is not None and not isinstance(http, HttpOptions):
             raise TypeError(f"http must be HttpOptions, not {type(http).__name__}")
         self._db_name = db_name
@@ -79,6 +85,8 @@ class AsyncKVStore:
         self._credentials = credentials
         self._retry = RetryPolicy() if retry is None else retry
         self._http = HttpOptions() if http is None else http
+        self._hedge = _hedge_policy(hedge)
+        self._observer = observer
         self._concurrency = concurrency
         preload(self.url)
         self._bound: _Bound = _UNBOUND
@@ -109,6 +117,42 @@ class AsyncKVStore:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+    def with_options(
+        self,
+        *,
+        timeout: float | timedelta | None = None,
+        retry: RetryPolicy | None = None,
+        hedge: bool | HedgePolicy | None = None,
+        observer: Observer | None = None,
+    ) -> Self:
+        """Give a store that differs in what is said here and shares all else, connections included: for a few calls.
+
+        Args:
+            timeout: How long a call may take in all, in seconds or as a `timedelta`; more than 0.
+            retry: As for the constructor; where `timeout` is given, too, that is its total.
+            hedge: As for the constructor; None leaves it as it is.
+            observer: As for the constructor; None leaves it as it is.
+
+        Returns:
+            The other store; it need not be closed.
+
+        Raises:
+            TypeError: An argument is of another type.
+            ValueError: `timeout` is not acceptable.
+        """
+        _check_options(retry, hedge or False, observer)
+        policy = self._retry if retry is None else retry
+        if timeout is not None:
+            policy = policy.within(timeout)
+        other = copy.copy(self)
+        other.__dict__.update(
+            _bound=_UNBOUND,
+            _retry=policy,
+            _hedge=self._hedge if hedge is None else _hedge_policy(hedge),
+            _observer=observer or self._observer,
+        )
+        return other
 
     async def get(self, key: str) -> str | None:
         """Read a value.
@@ -316,19 +360,49 @@ class AsyncKVStore:
         backend = await _acquire(
             self,
             sharing_key,
-            lambda: open_backend(self.url, credentials=self._credentials, retry=self._retry, http=self._http),
+            lambda: open_backend(self.url, credentials=self._credentials, http=self._http),
         )
+        backend = tailored(backend, self.url, retry=self._retry, hedge=self._hedge, observer=self._observer)
         self._bound = (get_running_loop(), _epoch, backend, sharing_key)
         return backend
 
     def _sharing_key(self) -> Hashable:
         # A credentials object counts by identity: it may be equal to another, or not hashable.
         credentials = self._credentials if isinstance(self._credentials, str) else id(self._credentials)
-        return (get_running_loop(), identity_of(self.url), credentials, self._retry, self._http)
+        return (get_running_loop(), identity_of(self.url), credentials, self._http)
+
+
+def _check_options(retry: RetryPolicy | None, hedge: bool | HedgePolicy, observer: Observer | None) -> None:  # noqa: FBT001
+    if retry is not None and not isinstance(retry, RetryPolicy):
+        raise TypeError(f"retry must be a RetryPolicy, not {type(retry).__name__}")
+    if not isinstance(hedge, bool | HedgePolicy):
+        raise TypeError(f"hedge must be True, False or a HedgePolicy, not {type(hedge).__name__}")
+    if observer is not None and not callable(observer):
+        raise TypeError(f"observer must be a function of one argument, not {type(observer).__name__}")
+
+
+def _hedge_policy(hedge: bool | HedgePolicy) -> HedgePolicy | None:  # noqa: FBT001 (as the caller said it)
+    return (HedgePolicy() if hedge else None) if isinstance(hedge, bool) else hedge
 
 
 _default: AsyncKVStore | None = None
 DEFAULT_DB_NAME = "aiokv"
+
+
+class DefaultStoreUser(Protocol):
+    """Whoever keeps something that came from the default store."""
+
+    def default_store_changed(self, store: AsyncKVStore | None) -> None:
+        """Let go of what came from another store.
+
+        Args:
+            store: The default store from now on, or None where that is yet to be made.
+        """
+        ...
+
+
+# Weakly: a cached function that is dropped need not be told.
+_default_users: "weakref.WeakSet[DefaultStoreUser]" = weakref.WeakSet()
 
 
 def default_store() -> AsyncKVStore:
@@ -337,14 +411,19 @@ def default_store() -> AsyncKVStore:
     Returns:
         What `set_default_store` was given, else one of `AIOKV_URL` and the namespace `AIOKV_DB` (or `aiokv`).
     """
-    global _default  # noqa: PLW0603 (the one default of the process)
-    if _default is None:
-        _default = AsyncKVStore(os.environ.get("AIOKV_DB") or DEFAULT_DB_NAME)
-    return _default
+    store = _default
+    if store is None:
+        made = AsyncKVStore(os.environ.get("AIOKV_DB") or DEFAULT_DB_NAME)
+        with _lock:
+            store = _default
+            if store is None:
+                store = made
+                _change_default(made)
+    return store
 
 
 def set_default_store(store: AsyncKVStore | None) -> None:
-    """Choose the store that cached functions use where they name none; before they are called, since near caches stay.
+    """Choose the store that cached functions use where they name none.
 
     Args:
         store: The store, or None for that of the environment.
@@ -352,10 +431,28 @@ def set_default_store(store: AsyncKVStore | None) -> None:
     Raises:
         TypeError: It is no store.
     """
-    global _default  # noqa: PLW0603 (likewise)
     if store is not None and not isinstance(store, AsyncKVStore):
         raise TypeError(f"store must be an AsyncKVStore, not {type(store).__name__}")
+    with _lock:
+        _change_default(store)
+
+
+def watch_default_store(user: DefaultStoreUser) -> None:
+    """Tell somebody what the default store is, now and whenever it changes.
+
+    Args:
+        user: Whom, held weakly.
+    """
+    with _lock:
+        _default_users.add(user)
+        user.default_store_changed(_default)
+
+
+def _change_default(store: AsyncKVStore | None) -> None:
+    global _default  # noqa: PLW0603 (the one default of the process)
     _default = store
+    for user in list(_default_users):
+        user.default_store_changed(store)
 
 
 _Bound = tuple[asyncio.AbstractEventLoop | None, int, Backend | None, Hashable]

@@ -6,6 +6,8 @@ import pytest
 from helpers import FakeClock
 from hypothesis import settings
 
+from aiokv.remote.retry import reset_quotas
+
 # Machines differ in speed; the time limit of a test is pytest's. Derandomised, so that a failure is the same everywhere.
 settings.register_profile("aiokv", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("aiokv")
@@ -31,6 +33,12 @@ def no_credentials_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_fac
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(home))
     return home
+
+
+@pytest.fixture(autouse=True)
+def full_retry_quotas() -> None:
+    """Keep tests from what others have spent on a port that is taken again."""
+    reset_quotas()
 
 
 @pytest.fixture

@@ -222,7 +222,7 @@ async def test_background_renewal_blocks_no_call(clock: FakeClock) -> None:
             "Bearer token-1"
         }
         service.gate.set()
-        await until(lambda: backend._tokens is not None and backend._tokens.current() == "Bearer token-2")
+        await until(lambda: backend._tokens is not None and backend._tokens._header == "Bearer token-2")
         assert await backend.get("db", "after") == "after"
     assert (service.exchanges, service.refusals) == (2, 0)
 

@@ -281,26 +281,30 @@ def _server_time(answer: Answer) -> datetime:
     return parse_http_date(answer.headers.get("Date", "")) or datetime.now(UTC)
 
 
+Exchange = Callable[[], Awaitable[Token]]
+
+
 class TokenSource:
     """Hold one token for all calls of a session, and renew it: once for all that wait, and ahead of its expiry.
 
     A token is renewed in the background once less than a fifth of its life, at most an hour, is left.
 
     Args:
-        exchange: Fetches a token, with whatever retries it wants.
         clock: Gives a monotonic time in seconds.
     """
 
-    def __init__(self, exchange: Callable[[], Awaitable[Token]], clock: Callable[[], float] = time.monotonic) -> None:
-        self._exchange = exchange
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._header: str | None = None
         self._expires_at = 0.0
         self._renew_at = float("-inf")
         self._flight: asyncio.Task[None] | None = None
 
-    def current(self) -> str | None:
+    def current(self, exchange: Exchange) -> str | None:
         """Give the header for a call now, and begin a renewal in the background where it is due.
+
+        Args:
+            exchange: Fetches a token, with whatever retries it wants.
 
         Returns:
             The header, or None where there is no token that is alive.
@@ -310,13 +314,14 @@ class TokenSource:
             return self._header
         if self._header is None or now >= self._expires_at:
             return None
-        self._join_flight()
+        self._join_flight(exchange)
         return self._header
 
-    async def renewed(self, refused: str | None = None) -> str:
+    async def renewed(self, exchange: Exchange, refused: str | None = None) -> str:
         """Wait for a token.
 
         Args:
+            exchange: Fetches it, with whatever retries it wants.
             refused: The header that the service has just refused, or None where there was none to send.
 
         Returns:
@@ -326,11 +331,11 @@ class TokenSource:
             CallError: The exchange failed.
             CredentialsError: There are no credentials to exchange.
         """
-        header = self.current()
+        header = self.current(exchange)
         if header is not None and header != refused:
             return header
         joined = self._flight is not None and not self._flight.done()
-        flight = self._join_flight()
+        flight = self._join_flight(exchange)
         try:
             # Shielded: a caller that is cancelled leaves the renewal to the others.
             await asyncio.shield(flight)
@@ -342,7 +347,7 @@ class TokenSource:
         except CallError as error:
             if joined and isinstance(error, CallTimeoutError):
                 # The time that ran out was of whoever began it, perhaps long ago; this call has its own.
-                return await self.renewed(refused)
+                return await self.renewed(exchange, refused)
             # Each waiting call fills in its own facts.
             raise copy.copy(error) from error
         if self._header is None:
@@ -355,15 +360,15 @@ class TokenSource:
             self._flight.cancel()
             await asyncio.wait([self._flight])
 
-    def _join_flight(self) -> "asyncio.Task[None]":
+    def _join_flight(self, exchange: Exchange) -> "asyncio.Task[None]":
         if self._flight is None or self._flight.done():
-            self._flight = asyncio.create_task(self._renew(), name="aiokv token renewal")
+            self._flight = asyncio.create_task(self._renew(exchange), name="aiokv token renewal")
             self._flight.add_done_callback(_retrieve)
         return self._flight
 
-    async def _renew(self) -> None:
+    async def _renew(self, exchange: Exchange) -> None:
         try:
-            token = await self._exchange()
+            token = await exchange()
         except Exception as error:
             # While the old token lives, calls go on with it, and the next try waits a little.
             self._renew_at = min(self._clock() + _BACKGROUND_RETRY_SECONDS, self._expires_at)

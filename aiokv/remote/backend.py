@@ -1,17 +1,20 @@
 """A store behind HTTP: fal's service, or a server of one's own."""
 
 import asyncio
+import copy
 import time
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from yarl import URL
 
 from aiokv.errors import CallError, CallTimeoutError, ResponseError
 from aiokv.remote.auth import Token, TokenSource, choose_credentials, parse_token, token_url
+from aiokv.remote.hedge import HedgePolicy, Hedger
 from aiokv.remote.options import Credentials, HttpOptions
-from aiokv.remote.retry import RetryPolicy, retry
-from aiokv.remote.transport import Answer, Transport
+from aiokv.remote.retry import QUOTA_TOKENS, SUCCESS_TOKENS, RetryPolicy, quota_of, retry
+from aiokv.remote.transport import Answer, Timeouts, Transport
+from aiokv.telemetry import TokenRenewed, detached
 from aiokv.wire import (
     METHODS,
     Verb,
@@ -71,36 +74,53 @@ class RemoteBackend:
         self._url = url
         self._prefix = url.raw_path.rstrip("/")
         self._host = url.authority
-        self._policy = policy or RetryPolicy()
         self._sleep = sleep
         self._credentials = choose_credentials(url, credentials)
         self._token_url = token_url(url)
-        self._tokens = TokenSource(self._exchange, clock) if self._credentials is not None else None
-        self._transport = Transport(self._policy, options or HttpOptions())
+        self._tokens = TokenSource(clock) if self._credentials is not None else None
+        self._transport = Transport(options or HttpOptions())
         self._loop = asyncio.get_running_loop()
+        self._quota = quota_of(self._host)
+        # The last write of each entry: the next one comes after it.
+        self._writing: dict[tuple[str, str], asyncio.Future[None]] = {}
+        self._hedgers: dict[HedgePolicy, Hedger] = {}
+        self._hedger: Hedger | None = None
+        self._policy = policy or RetryPolicy()
+        self._timeouts = Timeouts(self._policy)
 
-    def __del__(self) -> None:
-        # Let go without aclose, as when its loop is gone. An object whose constructor raised has no transport.
-        transport: Transport | None = getattr(self, "_transport", None)
-        if transport is not None and not transport.closed:
-            transport.abandon()
+    def with_options(self, policy: RetryPolicy, hedge: HedgePolicy | None) -> Self:
+        """Give a backend that shares this one's connections, token and order of writes, and goes by other options.
+
+        Args:
+            policy: Attempts, timeouts and waits.
+            hedge: When reads are sent a second time; None never.
+
+        Returns:
+            The other one; to close either closes both.
+        """
+        other = copy.copy(self)
+        hedger = None if hedge is None else self._hedgers.setdefault(hedge, Hedger(hedge))
+        other.__dict__.update(_policy=policy, _timeouts=Timeouts(policy), _hedger=hedger)
+        return other
 
     async def get(self, db_name: str, key: str) -> str | None:
         """Read a value; see `Backend.get`."""
-        return await self._made(self._call("get", db_name, key))
+        return await self._made(self._call("get", db_name, key), self._loop.time())
 
     async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
         """Store a value; see `Backend.set`."""
-        await self._made(self._call("set", db_name, key, query=ttl_query(ttl_seconds), value=value))
+        await self._written(self._call("set", db_name, key, query=ttl_query(ttl_seconds), value=value))
 
     async def delete(self, db_name: str, key: str) -> None:
         """Remove an entry; see `Backend.delete`."""
-        await self._made(self._call("delete", db_name, key))
+        await self._written(self._call("delete", db_name, key))
 
     async def aclose(self) -> None:
         """Close every connection; see `Backend.aclose`."""
         if self._tokens is not None:
             await self._tokens.aclose()
+        for hedger in self._hedgers.values():
+            await hedger.aclose()
         await self._transport.aclose()
 
     def _call(
@@ -112,24 +132,70 @@ class RemoteBackend:
             return _Call(verb, db_name, key, url)
         return _Call(verb, db_name, key, url.with_query(query), value.encode(), value)
 
-    async def _made(self, call: _Call) -> str | None:
-        """Send a call until it is answered, refused, or out of attempts or time; give the value of a get."""
+    async def _written(self, call: _Call) -> None:
+        """Write once the write of the same entry before it is through, or that one might come last."""
         started = self._loop.time()
+        entry = (call.db_name, call.key)
+        previous = self._writing.get(entry)
+        through = self._writing[entry] = self._loop.create_future()
+        try:
+            if previous is not None:
+                await self._wait_for(previous, call, started)
+            await self._made(call, started)
+        finally:
+            if self._writing.get(entry) is through:
+                # Whoever gave up waiting leaves the place to the one that is still under way.
+                if previous is not None and not previous.done():
+                    self._writing[entry] = previous
+                else:
+                    del self._writing[entry]
+            if previous is None or previous.done():
+                through.set_result(None)
+            else:
+                previous.add_done_callback(lambda _: through.set_result(None))
+
+    async def _wait_for(self, previous: "asyncio.Future[None]", call: _Call, started: float) -> None:
+        await asyncio.wait([previous], timeout=self._policy.total_timeout)
+        if not previous.done():
+            raise CallTimeoutError(
+                "an earlier write of this key was under way until the deadline; nothing was sent",
+                verb=call.verb,
+                db_name=call.db_name,
+                key=call.key,
+                host=self._host,
+                elapsed=self._loop.time() - started,
+                transient=False,
+            )
+
+    async def _made(self, call: _Call, started: float) -> str | None:
+        """Send a call until it is answered, refused, or out of attempts or time; give the value of a get."""
         deadline = started + self._policy.total_timeout
         try:
             try:
-                return await self._attempt(call, deadline)
+                value = await self._attempt(call, deadline)
             except CallError as error:
                 first_error = error
-            return await retry(first_error, lambda: self._attempt(call, deadline), self._policy, deadline, self._sleep)
+            else:
+                if self._quota.tokens < QUOTA_TOKENS:
+                    self._quota.refund(SUCCESS_TOKENS)
+                return value
+            return await retry(
+                first_error, lambda: self._attempt(call, deadline), self._policy, deadline, self._quota, self._sleep
+            )
         except CallError as error:
             error.elapsed = self._loop.time() - started
             raise
 
     async def _attempt(self, call: _Call, deadline: float) -> str | None:
+        """Send a call once; a read that is late, where that is asked for, twice."""
+        if self._hedger is None or call.verb != "get":
+            return await self._asked(call, deadline)
+        return await self._hedger.first_of(lambda: self._asked(call, deadline), may_hedge=lambda: not self._transport.busy)
+
+    async def _asked(self, call: _Call, deadline: float) -> str | None:
         """Send a call once; where its token is refused, renew that and send it once more."""
         try:
-            header = self._tokens.current() if self._tokens is not None else None
+            header = self._tokens.current(self._exchange) if self._tokens is not None else None
             if header is None and self._tokens is not None:
                 header = await self._new_header(deadline)
             answer = await self._send(call, header, deadline)
@@ -149,20 +215,34 @@ class RemoteBackend:
         headers = {} if header is None else {"Authorization": header}
         if call.body is not None:
             headers["Content-Type"] = "text/plain; charset=utf-8"
-        return await self._transport.request(METHODS[call.verb], call.url, headers, call.body, deadline)
+        return await self._transport.request(METHODS[call.verb], call.url, headers, call.body, self._timeouts, deadline)
 
     async def _new_header(self, deadline: float, refused: str | None = None) -> str | None:
         if self._tokens is None:
             return None
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._tokens.renewed(refused)
+                return await self._tokens.renewed(self._exchange, refused)
         except TimeoutError as error:
             if isinstance(error, CallError):
                 raise
             raise CallTimeoutError("no token in time", transient=False) from error
 
     async def _exchange(self) -> Token:
+        """Exchange the credentials for a token, and tell of it whoever watches the call that needs it."""
+        watched = detached()
+        if watched is None:
+            return await self._exchanged()
+        started = self._loop.time()
+        try:
+            token = await self._exchanged()
+        except BaseException as error:
+            watched.tell(TokenRenewed(str(self._token_url), self._loop.time() - started, error))
+            raise
+        watched.tell(TokenRenewed(str(self._token_url), self._loop.time() - started, None))
+        return token
+
+    async def _exchanged(self) -> Token:
         """Exchange the credentials for a token, with the retries of any call."""
         if self._credentials is None:
             raise AssertionError("a token source exists only where credentials do")
@@ -175,7 +255,7 @@ class RemoteBackend:
         headers = {"Authorization": authorization, "Content-Type": "application/json"}
 
         async def attempt() -> Token:
-            answer = await self._transport.request("POST", self._token_url, headers, b"{}", deadline)
+            answer = await self._transport.request("POST", self._token_url, headers, b"{}", self._timeouts, deadline)
             if answer.status != _OK:
                 raise self._refusal(answer, headers["Authorization"])
             return parse_token(answer)
@@ -185,7 +265,8 @@ class RemoteBackend:
                 return await attempt()
             except CallError as error:
                 first_error = error
-            return await retry(first_error, attempt, self._policy, deadline, self._sleep)
+            quota = quota_of(self._token_url.authority)
+            return await retry(first_error, attempt, self._policy, deadline, quota, self._sleep)
         except CallError as error:
             # To the call that waits for the token this is final: the exchange has had its attempts, and nothing was stored.
             error.reason = f"exchanging credentials for a token at {self._token_url.authority}: {error.reason}"

@@ -4,12 +4,17 @@ The first attempt is made outside this module, by a bare `try`: a call through t
 """
 
 import asyncio
+import contextlib
 import logging
+import os
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypeVar
+import threading
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
+from aiokv import telemetry
 from aiokv.errors import CallError, ThrottledError
 
 if TYPE_CHECKING:
@@ -18,6 +23,11 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 logger = logging.getLogger("aiokv")
+
+QUOTA_TOKENS = 500
+TRANSIENT_COST_TOKENS = 14
+THROTTLED_COST_TOKENS = 5
+SUCCESS_TOKENS = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +77,28 @@ class RetryPolicy:
         """
         return cls(attempts=1)
 
-    def wait_seconds(self, retry_number: int, error: BaseException | None) -> float:
+    def within(self, total_timeout: float | timedelta) -> Self:
+        """Give this policy with another total, which no attempt outlives.
+
+        Args:
+            total_timeout: Seconds, or a `timedelta`; more than 0.
+
+        Returns:
+            The other policy.
+
+        Raises:
+            TypeError: It is of another type.
+            ValueError: It is not more than 0.
+        """
+        if isinstance(total_timeout, timedelta):
+            total_timeout = total_timeout.total_seconds()
+        if isinstance(total_timeout, bool) or not isinstance(total_timeout, int | float):
+            raise TypeError(f"timeout must be seconds or a timedelta, not {type(total_timeout).__name__}")
+        if not total_timeout > 0:
+            raise ValueError(f"timeout must be more than 0 seconds, not {total_timeout!r}")
+        return replace(self, total_timeout=float(total_timeout))
+
+    def wait_seconds(self, retry_number: int, error: CallError) -> float:
         """Draw the wait before a retry.
 
         Args:
@@ -77,20 +108,112 @@ class RetryPolicy:
         Returns:
             Seconds, at least what the service asked for.
         """
-        retry_after = error.retry_after if isinstance(error, CallError) else None
-        throttled = isinstance(error, ThrottledError) or retry_after is not None
-        base, cap = (self.throttled_base, self.throttled_cap) if throttled else (self.backoff_base, self.backoff_cap)
+        base, cap = (self.throttled_base, self.throttled_cap) if is_throttled(error) else (self.backoff_base, self.backoff_cap)
         # An exponent past any use would overflow a float.
         bound = min(cap, base * 2.0 ** min(retry_number - 1, 64))
         # On top of what the service asked for: all that it told the same would come back at once.
-        return (retry_after or 0.0) + random.uniform(0.0, bound)  # noqa: S311 (spreads load, guards nothing)
+        return (error.retry_after or 0.0) + random.uniform(0.0, bound)  # noqa: S311 (spreads load, guards nothing)
 
 
-async def retry(
+class RetryQuota:
+    """Tokens that retries to one host are paid with, so that an outage meets few of them, not four times the load.
+
+    A retry costs 14 tokens, after throttling 5. A retry that succeeds gets its cost back, a call that succeeds at once gives 1,
+    and there are never more than 500: about 35 retries without a success between them, then each call is sent once.
+    It is shared by the event loops and threads of a process.
+
+    Source: the standard retry mode of the AWS SDKs, whose quota this is.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.tokens = QUOTA_TOKENS
+
+    def pay(self, cost_tokens: int) -> bool:
+        """Take tokens for a retry.
+
+        Args:
+            cost_tokens: How many.
+
+        Returns:
+            False where there are fewer; then none were taken.
+        """
+        with self._lock:
+            if self.tokens < cost_tokens:
+                return False
+            self.tokens -= cost_tokens
+            return True
+
+    def refund(self, tokens: int) -> None:
+        """Give tokens back.
+
+        Args:
+            tokens: How many; what is over the capacity is dropped.
+        """
+        with self._lock:
+            self.tokens = min(self.tokens + tokens, QUOTA_TOKENS)
+
+
+_quotas: dict[str, RetryQuota] = {}
+
+
+def quota_of(host: str) -> RetryQuota:
+    """Give the quota that all calls to a host share in this process.
+
+    Args:
+        host: Host and port.
+
+    Returns:
+        The quota.
+    """
+    return _quotas.setdefault(host, RetryQuota())
+
+
+def reset_quotas() -> None:
+    """Fill the quota of every host, as in a new process: those that are in use, too."""
+    for quota in list(_quotas.values()):
+        quota.refund(QUOTA_TOKENS)
+
+
+# What a fork finds may be locked by a thread that the child does not have.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_quotas.clear)
+
+_waits = True
+
+
+@contextlib.contextmanager
+def without_waits() -> Generator[None]:
+    """Take the waits between attempts out, in the whole process, for tests; what is retried, and how often, stays.
+
+    A wait that would pass the deadline still fails the call at once.
+    """
+    global _waits  # noqa: PLW0603 (a switch of the process)
+    before, _waits = _waits, False
+    try:
+        yield
+    finally:
+        _waits = before
+
+
+def is_throttled(error: CallError) -> bool:
+    """Say whether an error asks to slow down, which is told apart from a failure.
+
+    Args:
+        error: What an attempt met.
+
+    Returns:
+        True for a 429, and for whatever bears Retry-After.
+    """
+    return isinstance(error, ThrottledError) or error.retry_after is not None
+
+
+async def retry(  # noqa: PLR0913, PLR0917 (what a sequence goes by)
     first_error: CallError,
     attempt: Callable[[], Awaitable[R]],
     policy: RetryPolicy,
     deadline: float,
+    quota: RetryQuota,
     sleep: Callable[[float], Awaitable[None]],
 ) -> R:
     """Go on with a call whose first attempt has failed.
@@ -100,6 +223,7 @@ async def retry(
         attempt: Sends the call once more.
         policy: How often, and with what waits.
         deadline: The event loop's time at which the call must have ended.
+        quota: What retries are paid with.
         sleep: Waits; `asyncio.sleep` but for tests.
 
     Returns:
@@ -111,57 +235,93 @@ async def retry(
     if not first_error.transient or policy.attempts == 1:
         first_error.attempts = 1
         raise first_error
+    sequence = _Sequence(first_error, attempt, policy, deadline, quota)
+    return await sequence.run(sleep if _waits else _yield)
 
-    import tenacity  # noqa: PLC0415 (a program that meets no failure need not load it)
 
-    loop = asyncio.get_running_loop()
-    attempts = 1
-    maybe_applied = False
-    pending: CallError | None = first_error
+class _Sequence(Generic[R]):
+    """The attempts of one call after the first."""
 
-    async def attempt_or_first_error() -> R:
-        # The first call stands for the attempt already made, so that counts and waits begin where they should.
-        nonlocal attempts, maybe_applied, pending
-        if pending is not None:
-            error, pending = pending, None
-            maybe_applied = error.maybe_applied
-            raise error
-        attempts += 1
+    def __init__(
+        self,
+        first_error: CallError,
+        attempt: Callable[[], Awaitable[R]],
+        policy: RetryPolicy,
+        deadline: float,
+        quota: RetryQuota,
+    ) -> None:
+        self._pending: CallError | None = first_error
+        self._attempt = attempt
+        self._policy = policy
+        self._deadline = deadline
+        self._quota = quota
+        self._attempts = 1
+        self._paid_tokens = 0
+        self._maybe_applied = first_error.maybe_applied
+
+    async def run(self, sleep: Callable[[float], Awaitable[None]]) -> R:
+        import tenacity  # noqa: PLC0415 (a program that meets no failure need not load it)
+
+        # A new instance for each sequence: a shared one mixes concurrent calls up.
+        sequence = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, CallError) and error.transient),
+            wait=lambda state: self._policy.wait_seconds(state.attempt_number, _error_of(state)),
+            stop=self._stops,
+            before_sleep=self._tell,
+            sleep=sleep,
+            reraise=True,
+        )
         try:
-            return await attempt()
+            result: R = await sequence(self._next)
         except CallError as error:
-            maybe_applied = maybe_applied or error.maybe_applied
+            error.attempts = self._attempts
+            error.maybe_applied = self._maybe_applied
+            raise
+        self._quota.refund(self._paid_tokens)
+        return result
+
+    async def _next(self) -> R:
+        # The first call stands for the attempt already made, so that counts and waits begin where they should.
+        if self._pending is not None:
+            error, self._pending = self._pending, None
+            raise error
+        self._attempts += 1
+        try:
+            return await self._attempt()
+        except CallError as error:
+            self._maybe_applied = self._maybe_applied or error.maybe_applied
             raise
 
-    def wait(state: "RetryCallState") -> float:
-        return policy.wait_seconds(state.attempt_number, state.outcome.exception() if state.outcome else None)
+    def _stops(self, state: "RetryCallState") -> bool:
+        late = asyncio.get_running_loop().time() + state.upcoming_sleep >= self._deadline
+        if late or state.attempt_number >= self._policy.attempts:
+            return True
+        error = _error_of(state)
+        self._paid_tokens = THROTTLED_COST_TOKENS if is_throttled(error) else TRANSIENT_COST_TOKENS
+        if self._quota.pay(self._paid_tokens):
+            return False
+        error.reason += "; not tried again, since most calls to this host fail (its retry quota is spent)"
+        return True
 
-    def stop(state: "RetryCallState") -> bool:
-        return state.attempt_number >= policy.attempts or loop.time() + state.upcoming_sleep >= deadline
-
-    def warn(state: "RetryCallState") -> None:
-        level = logging.WARNING if state.attempt_number == 1 else logging.DEBUG
+    def _tell(self, state: "RetryCallState") -> None:
+        error, number = _error_of(state), state.attempt_number
         logger.log(
-            level,
+            logging.WARNING if number == 1 else logging.DEBUG,
             "retrying in %.2f s after attempt %d of %d: %s",
             state.upcoming_sleep,
-            state.attempt_number,
-            policy.attempts,
-            state.outcome.exception() if state.outcome else "",
+            number,
+            self._policy.attempts,
+            error,
         )
+        telemetry.retried(number, state.upcoming_sleep, error)
 
-    # A new instance for each sequence: a shared one mixes concurrent calls up.
-    sequence = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception(lambda error: isinstance(error, CallError) and error.transient),
-        wait=wait,
-        stop=stop,
-        before_sleep=warn,
-        sleep=sleep,
-        reraise=True,
-    )
-    try:
-        return await sequence(attempt_or_first_error)
-    except CallError as error:
-        error.attempts = attempts
-        error.maybe_applied = maybe_applied
-        raise
+
+def _error_of(state: "RetryCallState") -> CallError:
+    error = state.outcome.exception() if state.outcome is not None else None
+    if not isinstance(error, CallError):
+        raise TypeError("only a failed call is tried again")
+    return error
+
+
+async def _yield(_seconds: float) -> None:
+    await asyncio.sleep(0)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from aiokv.errors import (
@@ -40,19 +41,32 @@ class Answer(NamedTuple):
     body: bytes
 
 
+class Timeouts:
+    """How long an attempt may take; made once for many requests.
+
+    Args:
+        policy: Says it.
+    """
+
+    __slots__ = ("attempt_seconds", "connect_seconds", "of_session")
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self.attempt_seconds = policy.attempt_timeout
+        self.connect_seconds = policy.connect_timeout
+        self.of_session = aiohttp.ClientTimeout(total=None, sock_connect=policy.connect_timeout)
+
+
 class Transport:
     """A pooled aiohttp session of one event loop.
 
     Args:
-        policy: The timeouts of an attempt.
         options: The pool's size, keep-alive and trust.
 
     Raises:
         ConfigurationError: `ca_file` cannot be read.
     """
 
-    def __init__(self, policy: RetryPolicy, options: HttpOptions) -> None:
-        self._policy = policy
+    def __init__(self, options: HttpOptions) -> None:
         self._loop = asyncio.get_running_loop()
         # In front of the pool, so that a wait for a connection can be told from a slow server.
         self._slots = asyncio.Semaphore(options.pool_size)
@@ -64,7 +78,6 @@ class Transport:
                 ssl=_ssl_context(options.ca_file) if options.ca_file is not None else True,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=policy.connect_timeout),
             headers={"Accept": "application/json", "User-Agent": f"aiokv/{version('aiokv')}"},
         )
         # aiohttp sends an idempotent request again by itself when a connection breaks: N attempts would be up to 2N sends.
@@ -72,13 +85,25 @@ class Transport:
         if hasattr(self._session, "_retry_connection"):
             self._session._retry_connection = False  # noqa: SLF001
 
-    @property
-    def closed(self) -> bool:
-        """Whether `aclose` was called."""
-        return self._session.closed
+    def __del__(self) -> None:
+        # Let go without aclose, as when its loop is gone. An object whose constructor raised has no session.
+        session: aiohttp.ClientSession | None = getattr(self, "_session", None)
+        if session is not None and not session.closed:
+            self.abandon()
 
-    async def request(
-        self, method: str, url: URL, headers: Mapping[str, str] | None, body: bytes | None, deadline: float
+    @property
+    def busy(self) -> bool:
+        """Whether a request would have to wait for its turn."""
+        return self._slots.locked()
+
+    async def request(  # noqa: PLR0913, PLR0917 (what a request is)
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str] | None,
+        body: bytes | None,
+        timeouts: Timeouts,
+        deadline: float,
     ) -> Answer:
         """Send a request once.
 
@@ -87,6 +112,7 @@ class Transport:
             url: Where to, percent-encoded; a redirect is not followed.
             headers: Headers of this request.
             body: Its body.
+            timeouts: How long it may take.
             deadline: The event loop's time by which the answer must be there.
 
         Returns:
@@ -105,7 +131,7 @@ class Transport:
         else:
             await self._slots.acquire()
         try:
-            return await self._send(method, url, headers, body, deadline)
+            return await self._send(method, url, headers, body, timeouts, deadline)
         finally:
             self._slots.release()
 
@@ -120,41 +146,46 @@ class Transport:
                 "raise pool_size, lower concurrency, or look for a slow server"
             ) from error
 
-    async def _send(
-        self, method: str, url: URL, headers: Mapping[str, str] | None, body: bytes | None, deadline: float
+    async def _send(  # noqa: PLR0913, PLR0917 (what a request is)
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str] | None,
+        body: bytes | None,
+        timeouts: Timeouts,
+        deadline: float,
     ) -> Answer:
         # Anything but a GET may change something: once sent, a failure leaves its outcome open.
         write = method != "GET"
         data = io.BytesIO(body) if body is not None and len(body) > _MAX_DIRECT_BODY_BYTES else body
-        allowed_until = min(deadline, self._loop.time() + self._policy.attempt_timeout)
+        allowed_until = min(deadline, self._loop.time() + timeouts.attempt_seconds)
+        cause: Exception | None
         try:
             async with asyncio.timeout_at(allowed_until):
-                response = await self._session.request(method, url, data=data, headers=headers, allow_redirects=False)
+                response = await self._session.request(
+                    method, url, data=data, headers=headers, allow_redirects=False, timeout=timeouts.of_session
+                )
                 try:
                     content = await _read(response)
                 except BaseException:
                     response.close()
                     raise
                 return Answer(response.status, response.headers, content)
-        except TimeoutError as error:
-            if isinstance(error, aiohttp.ConnectionTimeoutError):
-                raise ConnectError(f"no connection within {self._policy.connect_timeout:g} s") from error
-            raise CallTimeoutError("no answer in time", maybe_applied=write) from error
-        except ResponseError as error:
+        except CallError as error:
             error.maybe_applied = write
             raise
-        except aiohttp.ClientResponseError as error:
-            # Not chained: this error alone holds the request's headers, and with them the token.
-            reason = f"what came back is not an HTTP answer ({type(error).__name__})"
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+            # aiohttp's error for an answer holds the request's headers, and with them the token: it is not chained.
+            cause = None if isinstance(error, aiohttp.ClientResponseError) else error
             if self._session.closed:
-                raise StoreClosedError("the store was closed meanwhile", maybe_applied=write) from error
-            raise _translate(error, write=write) from error
+                ours: CallError = StoreClosedError("the store was closed meanwhile", maybe_applied=write)
+            else:
+                ours = translated(error, timeouts, write=write)
         except RuntimeError as error:
             if not self._session.closed:
                 raise
-            raise StoreClosedError("the store is closed") from error
-        raise ResponseError(reason, maybe_applied=write)
+            cause, ours = error, StoreClosedError("the store is closed")
+        raise ours from cause
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -190,28 +221,75 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     return body
 
 
-def _translate(error: Exception, *, write: bool) -> CallError:
-    """Give our own error for one of aiohttp's, which hold no header or body."""
+class _Meaning(NamedTuple):
+    """What one of aiohttp's exceptions says of a request."""
+
+    kind: type[CallError]
+    words: str
+    # Whether the other side may have seen the request.
+    sent: bool
+    transient: bool | None = None
+
+
+_NOT_CALLABLE = _Meaning(ConnectError, "aiohttp refuses the URL", sent=False, transient=False)
+_NOT_HTTP = _Meaning(ResponseError, "what came back is not an HTTP answer ({detail})", sent=True)
+_NO_ANSWER = _Meaning(CallTimeoutError, "no answer in time", sent=True)
+_BROKEN = _Meaning(TransportError, "the connection broke ({detail})", sent=True)
+
+# The most special first: the first one that an exception is an instance of counts.
+MEANINGS: dict[type[Exception], _Meaning] = {
+    aiohttp.ConnectionTimeoutError: _Meaning(ConnectError, "no connection within {connect_seconds:g} s", sent=False),
+    aiohttp.ServerTimeoutError: _NO_ANSWER,
+    TimeoutError: _NO_ANSWER,
+    aiohttp.ClientConnectorCertificateError: _Meaning(
+        ConnectError,
+        "the server's certificate is not trusted ({detail}); name its authority with HttpOptions(ca_file=...) or SSL_CERT_FILE",
+        sent=False,
+        transient=False,
+    ),
+    aiohttp.ClientConnectorDNSError: _Meaning(ConnectError, "the host name cannot be resolved ({detail})", sent=False),
+    aiohttp.ClientSSLError: _Meaning(ConnectError, "the TLS handshake failed ({detail})", sent=False),
+    aiohttp.ServerFingerprintMismatch: _Meaning(ConnectError, "the certificate is another one", sent=False, transient=False),
+    aiohttp.ClientConnectorError: _Meaning(ConnectError, "no connection ({detail})", sent=False),
+    aiohttp.ClientResponseError: _NOT_HTTP,
+    HttpProcessingError: _NOT_HTTP,
+    aiohttp.InvalidURL: _NOT_CALLABLE,
+    aiohttp.NonHttpUrlClientError: _NOT_CALLABLE,
+    aiohttp.RedirectClientError: _NOT_CALLABLE,
+    aiohttp.ClientPayloadError: _BROKEN,
+    aiohttp.ClientConnectionError: _BROKEN,
+    aiohttp.ClientError: _BROKEN,
+    OSError: _BROKEN,
+}
+
+
+def translated(error: Exception, timeouts: Timeouts, *, write: bool) -> CallError:
+    """Give our own error for one of aiohttp's or the system's.
+
+    Args:
+        error: Theirs.
+        timeouts: Those of the request, for the message.
+        write: Whether the request would have changed something.
+
+    Returns:
+        Ours, which shows no header and no body; a write that was sent may have been applied.
+    """
+    meaning = next(meaning for theirs, meaning in MEANINGS.items() if isinstance(error, theirs))
+    words = meaning.words.format(detail=_detail(error), connect_seconds=timeouts.connect_seconds)
+    return meaning.kind(words, maybe_applied=write and meaning.sent, transient=meaning.transient)
+
+
+def _detail(error: Exception) -> str:
+    """Say what is behind an error, in the system's words where it has any."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return str(error.certificate_error)
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    detail = type(cause).__name__
     if isinstance(cause, socket.gaierror | ssl.SSLError):
         # Their numbers are not the system's.
-        detail = cause.strerror or detail
-    elif isinstance(cause, OSError) and cause.errno:
-        detail = os.strerror(cause.errno)
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return ConnectError(
-            f"the server's certificate is not trusted ({error.certificate_error}); "
-            "name its authority with HttpOptions(ca_file=...) or SSL_CERT_FILE",
-            transient=False,
-        )
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return ConnectError(f"the host name cannot be resolved ({detail})")
-    if isinstance(error, aiohttp.ClientSSLError):
-        return ConnectError(f"the TLS handshake failed ({detail})")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return ConnectError(f"no connection ({detail})")
-    return TransportError(f"the connection broke ({detail})", maybe_applied=write)
+        return cause.strerror or type(cause).__name__
+    if isinstance(cause, OSError) and cause.errno:
+        return os.strerror(cause.errno)
+    return type(cause).__name__
 
 
 def _ssl_context(ca_file: str) -> ssl.SSLContext:

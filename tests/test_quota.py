@@ -1,0 +1,176 @@
+"""What an outage makes of retries: they are paid for from one purse for each host, and it runs dry."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncGenerator
+
+import pytest
+from aiohttp import web
+from helpers import Recorded, no_wait, scripted_service
+from hypothesis import given
+from hypothesis import strategies as st
+from yarl import URL
+
+from aiokv.errors import CallError, ThrottledError, UnavailableError
+from aiokv.remote.backend import RemoteBackend
+from aiokv.remote.options import HttpOptions
+from aiokv.remote.retry import QUOTA_TOKENS, RetryPolicy, RetryQuota, quota_of, reset_quotas
+from aiokv.wire import TOKEN_PATH
+
+
+class Service:
+    """Answers with the status that stands here now."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.headers: dict[str, str] = {}
+
+    async def __call__(self, _request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({"value": "v"}, status=self.status, headers=self.headers)
+
+
+@contextlib.asynccontextmanager
+async def failing_service() -> AsyncGenerator[tuple[Service, str, Recorded]]:
+    service = Service()
+    async with scripted_service(service) as (url, recorded):
+        yield service, url, recorded
+
+
+@contextlib.asynccontextmanager
+async def backend_of(url: str, **options: int) -> AsyncGenerator[RemoteBackend]:
+    backend = RemoteBackend(URL(url), sleep=no_wait, options=HttpOptions(**options) if options else None)
+    try:
+        yield backend
+    finally:
+        await backend.aclose()
+
+
+async def failed(backend: RemoteBackend) -> CallError:
+    with pytest.raises(CallError) as caught:
+        await backend.get("db", "k")
+    return caught.value
+
+
+async def test_outage_meets_one_send_a_call_once_the_quota_is_spent() -> None:
+    async with failing_service() as (service, url, recorded), backend_of(url) as backend:
+        service.status = 503
+        errors = [await failed(backend) for _ in range(50)]
+        sends = len(recorded.requests)
+    retries = QUOTA_TOKENS // 14
+    assert sends == 50 + retries
+    assert [error.attempts for error in errors[:11]] == [4] * 11
+    assert {error.attempts for error in errors[12:]} == {1}
+    assert "retry quota is spent" in str(errors[-1])
+    assert "quota" not in str(errors[0])
+
+
+async def test_throttled_retry_costs_less_than_one_after_a_failure() -> None:
+    async with failing_service() as (service, url, _recorded), backend_of(url) as backend:
+        service.status = 429
+        assert isinstance(await failed(backend), ThrottledError)
+        assert quota_of(URL(url).authority).tokens == QUOTA_TOKENS - 3 * 5
+        service.status, service.headers = 503, {"Retry-After": "0"}
+        assert isinstance(await failed(backend), UnavailableError)
+        assert quota_of(URL(url).authority).tokens == QUOTA_TOKENS - 6 * 5
+
+
+async def test_success_refunds_so_that_faults_now_and_then_are_always_retried() -> None:
+    async with failing_service() as (service, url, _recorded), backend_of(url) as backend:
+        quota = quota_of(URL(url).authority)
+        service.status = 503
+        await failed(backend)
+        spent = QUOTA_TOKENS - quota.tokens
+        assert spent == 3 * 14
+        service.status = 200
+        for _ in range(10):
+            await backend.get("db", "k")
+        assert QUOTA_TOKENS - quota.tokens == spent - 10
+        for _ in range(50):
+            await backend.get("db", "k")
+        assert quota.tokens == QUOTA_TOKENS
+
+
+async def test_retry_that_succeeds_gets_its_cost_back() -> None:
+    seen = 0
+
+    async def answer(_request: web.BaseRequest) -> web.StreamResponse:
+        nonlocal seen
+        seen += 1
+        return web.json_response({"value": "v"}, status=503 if seen % 2 else 200)
+
+    async with scripted_service(answer) as (url, _), backend_of(url) as backend:
+        for _ in range(100):
+            assert await backend.get("db", "k") == "v"
+        assert quota_of(URL(url).authority).tokens == QUOTA_TOKENS
+
+
+async def test_all_stores_of_a_host_share_its_quota_and_another_host_has_its_own() -> None:
+    async with (
+        failing_service() as (service, url, recorded),
+        failing_service() as (other_service, other_url, other_recorded),
+        backend_of(url) as first,
+        backend_of(url, pool_size=7) as second,
+        backend_of(other_url) as other,
+    ):
+        service.status = other_service.status = 503
+        for _ in range(13):
+            await failed(first)
+        before = len(recorded.requests)
+        await failed(second)
+        assert len(recorded.requests) == before + 1
+        await failed(other)
+        assert len(other_recorded.requests) == 4
+
+
+async def test_exchange_of_credentials_pays_from_the_purse_of_its_own_host() -> None:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({}, status=503 if request.raw_path == TOKEN_PATH else 200)
+
+    async with scripted_service(answer) as (url, recorded):
+        backend = RemoteBackend(URL(url), credentials="id:secret", sleep=no_wait)
+        with pytest.raises(UnavailableError):
+            await backend.get("db", "k")
+        await backend.aclose()
+        assert recorded.paths() == [TOKEN_PATH] * 4
+        assert quota_of(URL(url).authority).tokens == QUOTA_TOKENS - 3 * 14
+
+
+async def test_policy_without_retries_spends_nothing() -> None:
+    async with failing_service() as (service, url, _recorded), backend_of(url) as backend:
+        service.status = 503
+        once = backend.with_options(RetryPolicy.none(), None)
+        for _ in range(5):
+            await failed(once)
+        assert quota_of(URL(url).authority).tokens == QUOTA_TOKENS
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+async def test_forked_child_begins_with_a_full_quota() -> None:
+    quota_of("forked.example").pay(400)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if quota_of("forked.example").tokens == QUOTA_TOKENS else 1)
+    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert quota_of("forked.example").tokens == QUOTA_TOKENS - 400
+
+
+def test_reset_fills_a_quota_that_is_in_use() -> None:
+    quota = quota_of("reset.example")
+    quota.pay(400)
+    reset_quotas()
+    assert quota.tokens == QUOTA_TOKENS
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(min_value=1, max_value=200))))
+def test_quota_is_never_negative_nor_over_its_capacity(steps: list[tuple[bool, int]]) -> None:
+    quota = RetryQuota()
+    for pays, tokens in steps:
+        before = quota.tokens
+        if pays:
+            assert quota.pay(tokens) is (tokens <= before)
+        else:
+            quota.refund(tokens)
+        assert 0 <= quota.tokens <= QUOTA_TOKENS
+        assert abs(quota.tokens - before) in {0, tokens} or quota.tokens == QUOTA_TOKENS
