@@ -116,6 +116,39 @@ def test_forked_children_use_the_store_that_their_parent_had_open(url: str, tmp_
     assert run_script(body, url, tmp_path) == "done\n"
 
 
+def test_ten_forks_and_ten_loops_use_one_store_at_once(url: str, tmp_path: Path) -> None:
+    body = """
+        failures = []
+        def run(name):
+            try:
+                asyncio.run(use(name))
+            except BaseException as error:
+                failures.append(error)
+        def ten_loops(process):
+            threads = [threading.Thread(target=run, args=(f'{process}-{i}',)) for i in range(10)]
+            for thread in threads: thread.start()
+            for thread in threads: thread.join()
+            assert not failures, failures
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(use('parent'))
+        children = []
+        for i in range(10):
+            pid = os.fork()
+            if pid == 0:
+                # Out by the ordinary way, where warnings come.
+                ten_loops(f'child{i}') if i % 5 == 0 else asyncio.run(use(f'child{i}'))
+                sys.exit(0)
+            children.append(pid)
+        ten_loops('parent')
+        loop.run_until_complete(use('parent again'))
+        assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 10
+        loop.run_until_complete(store.aclose())
+        loop.close()
+        gc.collect()
+    """
+    assert run_script(body, url, tmp_path) == "done\n"
+
+
 def test_forked_child_that_exits_in_the_ordinary_way_leaves_its_parents_connections_alone(url: str, tmp_path: Path) -> None:
     body = """
         loop = asyncio.new_event_loop()

@@ -1,0 +1,220 @@
+"""Spans and metrics of stores and cached functions, for OpenTelemetry: `AsyncKVStore(..., observer=OpenTelemetryObserver())`.
+
+Source: names, units, bucket boundaries and what counts as an error are those of OpenTelemetry's semantic conventions 1.44.0,
+`docs/db/database-spans.md`, `docs/db/database-metrics.md`, `docs/general/recording-errors.md`; for a cancelled call, of which
+these say nothing, `docs/http/http-spans.md`. What begins with `aiokv.` has no convention.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from contextvars import Token
+from functools import cache, lru_cache
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiokv.caching.options import CacheEvent
+from aiokv.errors import AioKVError, CallError
+from aiokv.telemetry import CallEnded, CallHedged, CallRetried, CallStarted, Event, TokenRenewed
+
+try:
+    from opentelemetry import context, metrics, trace
+    from opentelemetry.trace import SpanKind, StatusCode
+except ImportError as missing:
+    raise ImportError("aiokv.otel needs the package opentelemetry-api: pip install 'aiokv[otel]'") from missing
+
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
+OPERATION_BUCKETS_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+# What is worth a cache may take far longer than a database does.
+COMPUTATION_BUCKETS_SECONDS = (*OPERATION_BUCKETS_SECONDS, 50.0, 100.0, 500.0)
+
+_SCOPE = "aiokv"
+_MAX_SPAN_NAME_CHARS = 255
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+_Attributes = Mapping[str, str | int]
+
+
+class OpenTelemetryObserver:
+    """Make a span of each call, and metrics of calls, retries, hedges, token renewals and cached functions.
+
+    One object serves any number of stores, as `AsyncKVStore(observer=...)`, and cached functions, as `kv_cached(observer=...)`.
+    The span of a call is the current one while the call runs, so that those of an HTTP client nest below it. A cancelled
+    call is no failure: it bears `aiokv.cancelled` in place of `error.type`, which is the full name of an exception's class.
+    No span or metric bears a value, a token or a secret, and keys stand in no metric.
+
+    It can be pickled where it uses the process's providers; the copy uses those of the process that it comes to.
+
+    Args:
+        tracer_provider: Who makes the spans; None takes the process's provider, also where that is set later.
+        meter_provider: Likewise for the metrics.
+        include_keys: Whether spans bear keys, as `db.operation.parameter.key`, and the messages of aiokv's errors, which
+            name keys, as the description of their status.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracer_provider: trace.TracerProvider | None = None,
+        meter_provider: metrics.MeterProvider | None = None,
+        include_keys: bool = False,
+    ) -> None:
+        self._has_providers = tracer_provider is not None or meter_provider is not None
+        self._include_keys = include_keys
+        own_version = version("aiokv")
+        self._tracer = trace.get_tracer(_SCOPE, own_version, tracer_provider, SCHEMA_URL)
+        meter = metrics.get_meter(_SCOPE, own_version, meter_provider, SCHEMA_URL)
+        self._operation_duration = meter.create_histogram(
+            "db.client.operation.duration",
+            unit="s",
+            description="Duration of database client operations.",
+            explicit_bucket_boundaries_advisory=OPERATION_BUCKETS_SECONDS,
+        )
+        self._retries = meter.create_counter(
+            "aiokv.retries", unit="{retry}", description="Attempts that failed and were followed by another."
+        )
+        self._hedges = meter.create_counter(
+            "aiokv.hedges", unit="{hedge}", description="Reads that were sent a second time because they were late."
+        )
+        self._token_renewals = meter.create_counter(
+            "aiokv.token.renewals", unit="{renewal}", description="Exchanges of credentials for a token."
+        )
+        self._cache_events = meter.create_counter(
+            "aiokv.cache.events", unit="{event}", description="What happened to calls of cached functions."
+        )
+        self._computation_duration = meter.create_histogram(
+            "aiokv.cache.computation.duration",
+            unit="s",
+            description="Duration of the calls of cached functions that were not served from the cache.",
+            explicit_bucket_boundaries_advisory=COMPUTATION_BUCKETS_SECONDS,
+        )
+        # Of calls under way. A call ends in the task that it began in, so no context is detached by another.
+        self._open: dict[CallStarted, tuple[trace.Span, Token[context.Context]]] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(include_keys={self._include_keys})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._has_providers:
+            raise TypeError(
+                f"an {type(self).__name__} with providers of its own cannot be pickled; "
+                "leave them out, and set the providers of each process with opentelemetry's set_*_provider"
+            )
+        return _unpickled, (type(self), self._include_keys)
+
+    def __call__(self, event: Event | CacheEvent, /) -> None:
+        """Take note of an event; see `aiokv.telemetry.Observer`.
+
+        Args:
+            event: What has happened to a call of a store or of a cached function.
+        """
+        match event:
+            case CallStarted():
+                self._begin(event)
+            case CallEnded():
+                self._end(event)
+            case CacheEvent():
+                self._count_cache_event(event)
+            case CallRetried():
+                self._note_retry(event)
+            case CallHedged():
+                self._note_hedge(event)
+            case TokenRenewed():
+                self._token_renewals.add(1, {**_server(event.url), **_failure(event.error)})
+
+    def _begin(self, call: CallStarted) -> None:
+        name = f"{call.verb} {call.db_name}"[:_MAX_SPAN_NAME_CHARS]
+        attributes = _operation(call.verb, call.db_name, call.url)
+        # CLIENT for memory:// too: a program's traces look the same whatever its URL says.
+        span = self._tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes)
+        if not span.get_span_context().is_valid:
+            # Nobody traces, or nothing would come of it.
+            return
+        if self._include_keys and span.is_recording():
+            span.set_attribute("db.operation.parameter.key", call.key)
+        # What is not sampled is attached as well, so that nothing below it is.
+        self._open[call] = span, context.attach(trace.set_span_in_context(span))
+
+    def _end(self, event: CallEnded) -> None:
+        call = event.call
+        outcome = _failure(event.error)
+        # Before the context is detached, for the exemplar of this measurement names the span.
+        self._operation_duration.record(event.elapsed_seconds, {**_operation(call.verb, call.db_name, call.url), **outcome})
+        span, token = self._open.pop(call, (None, None))
+        if span is None or token is None:
+            return
+        # A coroutine that is thrown away unfinished may be closed from anywhere, where this context is not to be detached.
+        if not isinstance(event.error, GeneratorExit) or trace.get_current_span() is span:
+            context.detach(token)
+        if span.is_recording():
+            span.set_attributes(outcome)
+            if event.found is not None:
+                span.set_attribute("aiokv.found", event.found)
+            if "error.type" in outcome:
+                message = str(event.error) if self._include_keys and isinstance(event.error, AioKVError) else None
+                span.set_status(StatusCode.ERROR, message)
+        span.end()
+
+    def _note_retry(self, event: CallRetried) -> None:
+        call = event.call
+        met = _failure(event.error)
+        self._retries.add(1, {**_operation(call.verb, call.db_name, call.url), **met})
+        span, _ = self._open.get(call, (None, None))
+        if span is not None and span.is_recording():
+            span.add_event("aiokv.retry", {"aiokv.attempt": event.attempt, "aiokv.wait_seconds": event.wait_seconds, **met})
+
+    def _note_hedge(self, event: CallHedged) -> None:
+        call = event.call
+        self._hedges.add(1, _operation(call.verb, call.db_name, call.url))
+        span, _ = self._open.get(call, (None, None))
+        if span is not None and span.is_recording():
+            span.add_event("aiokv.hedge", {"aiokv.after_seconds": event.after_seconds})
+
+    def _count_cache_event(self, event: CacheEvent) -> None:
+        # The rest is a version and a digest; a prefix may have colons of its own.
+        prefix = event.key.rsplit(":", 2)[0]
+        self._cache_events.add(1, {"aiokv.cache.event": event.kind, "aiokv.cache.prefix": prefix})
+        if event.kind == "computed":
+            self._computation_duration.record(event.seconds, {"aiokv.cache.prefix": prefix})
+
+
+@cache
+def _unpickled(kind: type[OpenTelemetryObserver], include_keys: bool) -> OpenTelemetryObserver:  # noqa: FBT001 (pickle's call)
+    # One for all stores that come to this process: each would have instruments of its own, which are never given up.
+    return kind(include_keys=include_keys)
+
+
+@lru_cache(maxsize=1024)
+def _operation(verb: str, db_name: str, url: str) -> _Attributes:
+    """Give the attributes that a call's span and metrics share; all are known before it begins, for samplers to go by."""
+    # SQLite has a name among the well-known ones. Of a service only the protocol is known, not what stores its values, and
+    # the memory of a process is no database at all: both bear the name of what speaks for them.
+    system = "sqlite" if urlsplit(url).scheme == "sqlite" else "aiokv"
+    return MappingProxyType(
+        {"db.system.name": system, "db.operation.name": verb, "db.namespace": db_name, **_server(url)},
+    )
+
+
+def _server(url: str) -> _Attributes:
+    parts = urlsplit(url)
+    default_port = _DEFAULT_PORTS.get(parts.scheme)
+    if default_port is None or parts.hostname is None:
+        # No server. A file's path is left out: it may name a user.
+        return {}
+    port = parts.port
+    if port is None or port == default_port:
+        return {"server.address": parts.hostname}
+    return {"server.address": parts.hostname, "server.port": port}
+
+
+def _failure(error: BaseException | None) -> Mapping[str, str | bool]:
+    """Give the attributes of what a call, an attempt or an exchange ended with; never its message, which names the key."""
+    if error is None:
+        return {}
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return {"aiokv.cancelled": True}
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    status = error.status if isinstance(error, CallError) else None
+    return {"error.type": name} if status is None else {"error.type": name, "db.response.status_code": str(status)}

@@ -1,0 +1,114 @@
+"""What pytest's fixtures give: servers with an event loop and a thread of their own, for tests that await and for others."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from aiokv.backends.memory import MemoryBackend
+from aiokv.backends.sqlite import SqliteBackend
+from aiokv.remote.retry import RetryPolicy
+from aiokv.server.serve import running_server
+from aiokv.store import AsyncKVStore
+from aiokv.testing.proxy import FaultProxy
+
+T = TypeVar("T")
+
+# An attempt that stalls costs its whole time, even where the waits between attempts are gone.
+FLAKY_RETRY = RetryPolicy(attempt_timeout=1.0)
+_DRAIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class KVServer:
+    """A running server.
+
+    Args:
+        url: Its address.
+    """
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class FlakyKV:
+    """A store behind a proxy.
+
+    Args:
+        store: The store whose requests go through the proxy.
+        proxy: The proxy.
+    """
+
+    store: AsyncKVStore
+    proxy: FaultProxy
+
+
+@contextlib.contextmanager
+def in_thread(make: Callable[[], AbstractAsyncContextManager[T]]) -> Generator[T]:
+    """Hold an asynchronous context in an event loop of a thread of its own.
+
+    Args:
+        make: Makes the context.
+
+    Yields:
+        What the context gives.
+
+    Raises:
+        BaseException: Whatever the context raises at its beginning or its end.
+    """
+    entered: Future[tuple[T, Callable[[], None]]] = Future()
+    ended: Future[None] = Future()
+
+    async def hold() -> None:
+        leave = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        async with make() as given:
+            entered.set_result((given, lambda: _call_in(loop, leave.set)))
+            await leave.wait()
+
+    def run() -> None:
+        try:
+            asyncio.run(hold())
+        except BaseException as error:  # noqa: BLE001 (it is raised again where the context was asked for)
+            (ended if entered.done() else entered).set_exception(error)
+        else:
+            ended.set_result(None)
+
+    thread = threading.Thread(target=run, name="aiokv testing", daemon=True)
+    thread.start()
+    given, leave = entered.result()
+    try:
+        yield given
+    finally:
+        leave()
+        ended.result()
+        thread.join()
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, act: Callable[[], object]) -> None:
+    # A loop that has ended by itself has nothing to be told.
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(act)
+
+
+@contextlib.asynccontextmanager
+async def kv_server(path: Path | None) -> AsyncGenerator[KVServer]:
+    """Run a server.
+
+    Args:
+        path: The SQLite file that it keeps its values in, or None for memory.
+
+    Yields:
+        The server.
+    """
+    backend = MemoryBackend() if path is None else SqliteBackend(path)
+    try:
+        async with running_server(backend, drain_seconds=_DRAIN_SECONDS) as url:
+            yield KVServer(url)
+    finally:
+        await backend.aclose()
