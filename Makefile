@@ -12,7 +12,7 @@ help:
 	@echo "make test    run every test"
 	@echo "make lint    check format, types and import directions"
 	@echo "make fix     apply what the formatter and the linter can fix"
-	@echo "make bench   measure: the client, durable sets, imports, the decorator, stampedes"
+	@echo "make bench   measure: the client, durable sets, imports, the decorator, stampedes, faults"
 
 $(DEMO_VENV)/.installed: pyproject.toml
 	@echo "Installing aiokv into $(DEMO_VENV) ..."
@@ -61,6 +61,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/decorator.py
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/stampede.py --plot stampede.png
+	$(BIN)/python benchmarks/faults.py --plot faults.png
 
 clean:
 	rm -rf $(VENV) $(BASE_VENV) $(DEMO_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist .coverage*

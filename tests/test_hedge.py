@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -168,6 +169,39 @@ async def test_cancelled_read_gives_both_requests_up() -> None:
             while service.left < 2:
                 await asyncio.sleep(0.002)
         assert not [task for task in asyncio.all_tasks() if "aiokv" in task.get_name()]
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["answered", "cancelled"])
+async def test_loser_that_fails_in_the_moment_of_the_answer_is_not_reported_as_unseen(*, cancelled: bool) -> None:
+    hedger = Hedger(HedgePolicy(quantile=0.5, max_extra=1.0, min_wait=0.0))
+    await no_answer_is_late(hedger, 20)
+    hedger.wait_seconds = 0.0
+    answers: list[asyncio.Future[str]] = []
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+
+    async def send() -> str:
+        answers.append(asyncio.get_running_loop().create_future())
+        return await answers[-1]
+
+    read = asyncio.create_task(hedger.first_of(send, may_hedge=lambda: True))
+    while len(answers) < 2:
+        await asyncio.sleep(0)
+    answers[1].set_exception(UnavailableError("no"))
+    if cancelled:
+        answers[0].set_exception(UnavailableError("no"))
+        await asyncio.sleep(0)
+        read.cancel()
+        with pytest.raises((asyncio.CancelledError, UnavailableError)):
+            await read
+    else:
+        answers[0].set_result("v")
+        assert await read == "v"
+    del read
+    answers.clear()
+    await asyncio.sleep(0.01)
+    gc.collect()
+    assert reported == []
 
 
 async def no_answer_is_late(hedger: Hedger, count: int) -> None:

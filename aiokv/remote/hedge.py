@@ -92,7 +92,9 @@ class Hedger:
             result = await _first_good(tasks)
         finally:
             for task in tasks:
-                if not task.done():
+                if task.done():
+                    self._lost(task)
+                else:
                     task.cancel()
                     self._losers.add(task)
                     task.add_done_callback(self._lost)
@@ -108,6 +110,7 @@ class Hedger:
     def _lost(self, task: "asyncio.Task[Any]") -> None:
         self._losers.discard(task)
         if not task.cancelled():
+            # Looked at, or it would be reported as one that nobody has seen.
             task.exception()
 
     def _note(self, seconds: float) -> None:
