@@ -34,7 +34,8 @@ class AsyncKVStore:
     after a fork: connections belong to the loop and the process that opened them, and all stores of one configuration share
     them. `async with` or `aclose` give them back, as does the end of the loop in `asyncio.run`; a later call opens them anew.
     A store that is dropped without either leaves them to the next one of its configuration, until the loop ends.
-    A store can be pickled: its configuration travels, credentials that were passed to it among it; its connections do not.
+    A store can be pickled: its configuration travels, credentials and an observer that were passed to it among it, which must
+    be such as can be pickled; its connections do not.
 
     Args:
         db_name: The namespace: any non-empty text without `/` and NUL; each is isolated from every other.
@@ -90,6 +91,8 @@ class AsyncKVStore:
         self._concurrency = concurrency
         preload(self.url)
         self._bound: _Bound = _UNBOUND
+        # Each with all that with_options has given of it: those of the stores that this one is of, and last its own.
+        self._families: tuple[weakref.WeakSet[AsyncKVStore], ...] = (weakref.WeakSet([self]),)
 
     @property
     def db_name(self) -> str:
@@ -106,10 +109,10 @@ class AsyncKVStore:
         return f"{type(self).__name__}({shown(self._db_name)}, url={shown_url(self.url)!r}{credentials})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": None}
+        return {**self.__dict__, "_bound": None, "_families": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _bound=_UNBOUND)
+        self.__dict__.update(state, _bound=_UNBOUND, _families=(weakref.WeakSet([self]),))
 
     async def __aenter__(self) -> Self:
         await self._open()
@@ -135,13 +138,13 @@ class AsyncKVStore:
             observer: As for the constructor; None leaves it as it is.
 
         Returns:
-            The other store; it need not be closed.
+            The other store; it need not be closed, since closing this one closes it, too.
 
         Raises:
             TypeError: An argument is of another type.
             ValueError: `timeout` is not acceptable.
         """
-        _check_options(retry, hedge or False, observer)
+        _check_options(retry, False if hedge is None else hedge, observer)
         policy = self._retry if retry is None else retry
         if timeout is not None:
             policy = policy.within(timeout)
@@ -150,8 +153,12 @@ class AsyncKVStore:
             _bound=_UNBOUND,
             _retry=policy,
             _hedge=self._hedge if hedge is None else _hedge_policy(hedge),
-            _observer=observer or self._observer,
+            _observer=self._observer if observer is None else observer,
         )
+        with _lock:
+            for family in self._families:
+                family.add(other)
+        other._families = (*self._families, weakref.WeakSet([other]))  # noqa: SLF001 (of this class)
         return other
 
     async def get(self, key: str) -> str | None:
@@ -309,7 +316,7 @@ class AsyncKVStore:
         await self._each(self._check_keys(keys), self.delete)
 
     async def aclose(self) -> None:
-        """Give back this store's share of the running loop's connections; safe to call twice.
+        """Give back the running loop's connections, this store's and those of what `with_options` gave; safe to call twice.
 
         Where this was the last store that shared them, calls of other tasks that are under way either finish or fail with
         `StoreClosedError`.
@@ -318,7 +325,7 @@ class AsyncKVStore:
         self._bound = _UNBOUND
         # What was opened, even where the environment names another store by now.
         here = loop is get_running_loop() and epoch == _epoch
-        await _release(self, sharing_key if here else self._sharing_key())
+        await _release(self._families[-1], sharing_key if here else self._sharing_key())
 
     def _unbind(self) -> None:
         self._bound = _UNBOUND
@@ -493,12 +500,14 @@ async def _acquire(store: AsyncKVStore, sharing_key: Hashable, open_: Callable[[
     return shared.backend
 
 
-async def _release(store: AsyncKVStore, sharing_key: Hashable) -> None:
+async def _release(stores: "weakref.WeakSet[AsyncKVStore]", sharing_key: Hashable) -> None:
     with _lock:
+        for store in list(stores):
+            store._unbind()  # noqa: SLF001 (this module's own)
         shared = _shared.get(sharing_key)
-        if shared is None or store not in shared.users:
+        if shared is None:
             return
-        shared.users.discard(store)
+        shared.users -= stores
         if shared.users:
             return
         del _shared[sharing_key]

@@ -134,9 +134,9 @@ class ObservedCall:
         self.found: bool | None = None
 
     def __enter__(self) -> Self:
+        self.tell(self.started)
         self._outer = _current.get()
         _current.set(self)
-        self.tell(self.started)
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -147,11 +147,17 @@ class ObservedCall:
         self.tell(CallEnded(self.started, elapsed_seconds, self.attempts, self.hedged, self.found, error))
 
     def tell(self, event: Event) -> None:
-        """Tell the observer, whose failures are its own."""
+        """Tell the observer, whose failures are its own, and whose calls are no part of this one."""
+        here = _current.get()
+        if here is not None:
+            _current.set(None)
         try:
             self._observer(event)
         except Exception:
             logger.exception("the observer of a store failed")
+        finally:
+            if here is not None:
+                _current.set(here)
 
 
 _current: "ContextVar[ObservedCall | None]" = ContextVar("aiokv_observed_call", default=None)
@@ -167,8 +173,18 @@ def retried(attempt: int, wait_seconds: float, error: CallError) -> None:
     """
     call = _current.get()
     if call is not None:
-        call.attempts = attempt + 1
         call.tell(CallRetried(call.started, attempt, wait_seconds, error))
+
+
+def attempted(number: int) -> None:
+    """Note that the call that this code is a part of is sent once more, if somebody watches it.
+
+    Args:
+        number: The number of this attempt, from 1.
+    """
+    call = _current.get()
+    if call is not None:
+        call.attempts = number
 
 
 def hedged(after_seconds: float) -> None:

@@ -11,12 +11,13 @@ from aiohttp import web
 from helpers import Recorded, no_wait, scripted_service
 from yarl import URL
 
-from aiokv import AsyncKVStore, HedgePolicy
+from aiokv import AsyncKVStore, CallHedged, Event, HedgePolicy
 from aiokv.errors import CallTimeoutError, UnavailableError
 from aiokv.remote.backend import RemoteBackend
 from aiokv.remote.hedge import Hedger
 from aiokv.remote.options import HttpOptions
 from aiokv.remote.retry import RetryPolicy
+from aiokv.wire import TOKEN_PATH
 
 # Late after 50 ms, and never short of budget.
 EAGER = HedgePolicy(quantile=0.5, max_extra=1.0, min_wait=0.05)
@@ -184,7 +185,7 @@ async def test_loser_that_fails_in_the_moment_of_the_answer_is_not_reported_as_u
         answers.append(asyncio.get_running_loop().create_future())
         return await answers[-1]
 
-    read = asyncio.create_task(hedger.first_of(send, may_hedge=lambda: True))
+    read = asyncio.create_task(hedger.first_of(send, is_good=lambda _: True, may_hedge=lambda: True))
     while len(answers) < 2:
         await asyncio.sleep(0)
     answers[1].set_exception(UnavailableError("no"))
@@ -209,7 +210,7 @@ async def no_answer_is_late(hedger: Hedger, count: int) -> None:
         return "v"
 
     for _ in range(count):
-        await hedger.first_of(send, may_hedge=lambda: True)
+        await hedger.first_of(send, is_good=lambda _: True, may_hedge=lambda: True)
 
 
 async def test_nothing_is_hedged_before_it_is_known_how_long_answers_take() -> None:
@@ -237,7 +238,7 @@ async def test_budget_bounds_second_requests_though_every_answer_is_late(max_ext
     hedger.wait_seconds = 0.0
     for _ in range(400):
         hedger.wait_seconds = 0.0
-        await hedger.first_of(send, may_hedge=lambda: True)
+        await hedger.first_of(send, is_good=lambda _: True, may_hedge=lambda: True)
     assert 0 < sends - 400 <= max_extra * 420
 
 
@@ -252,7 +253,7 @@ async def test_wait_is_the_quantile_of_recent_answers_and_follows_them() -> None
             clock.now += seconds
             return "v"
 
-        await hedger.first_of(send, may_hedge=lambda: False)
+        await hedger.first_of(send, is_good=lambda _: True, may_hedge=lambda: False)
 
     for _ in range(10):
         for tenths in range(1, 101):
@@ -301,3 +302,74 @@ async def test_store_hedges_where_it_was_asked_to_and_not_elsewhere() -> None:
         service.steps = [slow]
         assert await store.with_options(hedge=False).get("k") == "slow"
         assert len(recorded.requests) == 3
+
+
+async def test_read_that_waits_for_a_token_is_not_hedged() -> None:
+    held, calls = asyncio.Event(), 0
+
+    async def serve(request: web.BaseRequest) -> web.StreamResponse:
+        nonlocal calls
+        if request.raw_path == TOKEN_PATH:
+            if calls:
+                await held.wait()
+            token = {"token": "t", "token_type": "Bearer", "expires_at": "2100-01-01T00:00:00Z"}
+            return web.json_response(token)
+        calls += 1
+        return web.json_response({"value": "v"})
+
+    async with scripted_service(serve) as (url, recorded):
+        plain = RemoteBackend(URL(url), credentials="id:secret")
+        backend = plain.with_options(RetryPolicy(), HedgePolicy(quantile=0.5, max_extra=1.0, min_wait=0.2))
+        for _ in range(20):
+            await backend.get("db", "warm")
+        assert plain._tokens is not None
+        # The token's life is over.
+        plain._tokens._renew_at = plain._tokens._expires_at = 0.0
+        recorded.requests.clear()
+        reads = [asyncio.create_task(backend.get("db", f"k{number}")) for number in range(10)]
+        await asyncio.sleep(0.4)
+        held.set()
+        await asyncio.gather(*reads)
+        await plain.aclose()
+    assert len([path for path in recorded.paths() if path != TOKEN_PATH]) == 10
+
+
+async def test_no_second_request_waits_for_a_connection() -> None:
+    events: list[Event] = []
+    service = Scripted()
+    options = HttpOptions(pool_size=1)
+    async with (
+        scripted_service(service) as (url, _),
+        AsyncKVStore("db", url=url, http=options, hedge=EAGER, observer=events.append) as store,
+    ):
+        for _ in range(20):
+            await store.get("warm")
+        service.steps = [slow]
+        assert await store.get("k") == "slow"
+    assert not [event for event in events if isinstance(event, CallHedged)]
+
+
+async def test_views_of_one_backend_share_what_is_known_and_the_budget() -> None:
+    service = Scripted()
+    async with scripted_service(service) as (url, recorded), AsyncKVStore("db", url=url, hedge=EAGER) as store:
+        for number in range(20):
+            await store.with_options(timeout=5 + number).get("warm")
+        recorded.requests.clear()
+        service.steps = [service.stall, quick]
+        assert await store.with_options(timeout=9).get("k") == "quick"
+        assert len(recorded.requests) == 2
+
+
+async def test_budget_saved_up_is_bounded() -> None:
+    hedger = Hedger(HedgePolicy(max_extra=1.0))
+    await no_answer_is_late(hedger, 500)
+    assert hedger._credit == 10.0
+
+
+async def test_closing_waits_until_every_loser_is_gone() -> None:
+    async with hedged() as (service, backend, _):
+        service.steps = [service.stall, quick]
+        assert await backend.get("db", "k") == "quick"
+        assert backend._hedger is not None
+        await backend._hedger.aclose()
+        assert not [task for task in asyncio.all_tasks() if task.get_name() == "aiokv read"]

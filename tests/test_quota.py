@@ -174,3 +174,71 @@ def test_quota_is_never_negative_nor_over_its_capacity(steps: list[tuple[bool, i
             quota.refund(tokens)
         assert 0 <= quota.tokens <= QUOTA_TOKENS
         assert abs(quota.tokens - before) in {0, tokens} or quota.tokens == QUOTA_TOKENS
+
+
+async def test_exchange_that_succeeds_gives_to_the_quota_of_its_host() -> None:
+    status = 503
+
+    async def give_token(_request: web.BaseRequest) -> web.StreamResponse:
+        body = {"token": "t", "token_type": "Bearer", "expires_at": "2000-01-01T00:00:00Z"}
+        return web.json_response(body, status=status)
+
+    async with scripted_service(give_token) as (token_url, _), scripted_service(Service()) as (url, _):
+        backend = RemoteBackend(URL(url), credentials="id:secret", sleep=no_wait)
+        # As with fal's service, whose tokens come from another host.
+        backend._token_url = URL(token_url)
+        for _ in range(13):
+            with pytest.raises(UnavailableError):
+                await backend.get("db", "k")
+        quota = quota_of(backend._token_url.authority)
+        spent = QUOTA_TOKENS - quota.tokens
+        status = 200
+        await backend.get("db", "k")
+        await backend.aclose()
+        assert QUOTA_TOKENS - quota.tokens < spent, "an exchange is never tried again for the rest of the process's life"
+
+
+async def test_retry_that_succeeds_gets_no_more_than_its_own_cost_back() -> None:
+    statuses = [503, 503, 200]
+
+    async def answer(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({"value": "v"}, status=statuses.pop(0))
+
+    async with scripted_service(answer) as (url, _), backend_of(url) as backend:
+        quota = quota_of(URL(url).authority)
+        quota.pay(400)
+        assert await backend.get("db", "k") == "v"
+        assert quota.tokens == 100 - 14
+
+
+async def test_retry_that_is_cancelled_before_it_is_sent_gets_its_cost_back() -> None:
+    async def wait_for_ever(_seconds: float) -> None:
+        waiting.set()
+        await asyncio.Event().wait()
+
+    async with failing_service() as (service, url, recorded):
+        service.status = 503
+        backend = RemoteBackend(URL(url), sleep=wait_for_ever)
+        for _ in range(3):
+            waiting = asyncio.Event()
+            call = asyncio.create_task(backend.get("db", "k"))
+            await waiting.wait()
+            call.cancel()
+            await asyncio.wait([call])
+        await backend.aclose()
+        assert len(recorded.requests) == 3
+        assert quota_of(URL(url).authority).tokens == QUOTA_TOKENS
+
+
+async def test_exchange_spends_nothing_of_the_service_where_the_hosts_differ() -> None:
+    async def refuse(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({}, status=503)
+
+    async with scripted_service(refuse) as (token_url, _), scripted_service(refuse) as (url, _):
+        backend = RemoteBackend(URL(url), credentials="id:secret", sleep=no_wait)
+        backend._token_url = URL(token_url)
+        with pytest.raises(UnavailableError):
+            await backend.get("db", "k")
+        await backend.aclose()
+        assert quota_of(URL(token_url).authority).tokens == QUOTA_TOKENS - 3 * 14
+        assert quota_of(URL(url).authority).tokens == QUOTA_TOKENS

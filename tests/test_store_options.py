@@ -81,6 +81,23 @@ async def test_connections_are_shared_and_outlive_the_other_store(service: tuple
     assert len(answering.peers) == 1
 
 
+async def test_closing_closes_what_was_given_of_it_and_not_what_it_was_given_of(service: tuple[Service, str]) -> None:
+    answering, url = service
+    store = AsyncKVStore("db", url=url)
+    child = store.with_options(timeout=3)
+    grandchild = child.with_options(timeout=2)
+    for one in (store, child, grandchild):
+        await one.get("k")
+    await child.aclose()
+    await store.get("k")
+    assert len(answering.peers) == 1, "the parent's connection was closed"
+    await grandchild.get("k")
+    await store.aclose()
+    await store.get("k")
+    assert len(answering.peers) == 2, "a connection outlived the store that was closed"
+    await store.aclose()
+
+
 async def test_other_store_is_whole_though_the_first_was_closed(service: tuple[Service, str]) -> None:
     _, url = service
     store = AsyncKVStore("db", url=url)
@@ -133,3 +150,9 @@ async def test_backend_that_nobody_watches_is_not_wrapped() -> None:
     store = AsyncKVStore("db", url="memory://unwatched")
     await store.get("k")
     assert store._backend_here() is open_backend("memory://unwatched")
+
+
+@pytest.mark.parametrize("hedge", [0, "", 0.0, []])
+def test_hedge_that_is_falsy_is_refused_like_any_other_of_its_type(hedge: Any) -> None:
+    with pytest.raises(TypeError, match="hedge"):
+        AsyncKVStore("db", url="http://127.0.0.1:1").with_options(hedge=hedge)

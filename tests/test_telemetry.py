@@ -334,3 +334,84 @@ async def test_observer_stays_with_a_store_that_differs_in_options() -> None:
     store = AsyncKVStore("db", url="memory://", observer=events.append)
     await store.with_options(retry=RetryPolicy.none()).get("key")
     assert kinds(events) == ["CallStarted", "CallEnded"]
+
+
+async def found(_request: web.BaseRequest) -> web.StreamResponse:
+    return web.json_response({"value": "v"})
+
+
+async def test_retries_of_a_call_that_an_observer_makes_are_not_told_of_the_observed_one() -> None:
+    events: list[Event] = []
+    others: list[asyncio.Task[None]] = []
+
+    async def broken(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({}, status=503)
+
+    async with scripted_service(found) as (url, _), scripted_service(broken) as (audit_url, _):
+        audit = AsyncKVStore("audit", url=audit_url, retry=RetryPolicy(attempts=2, backoff_base=0))
+
+        async def note() -> None:
+            with pytest.raises(UnavailableError):
+                await audit.set("seen", "1")
+
+        def observe(event: Event) -> None:
+            events.append(event)
+            if isinstance(event, CallStarted):
+                others.append(asyncio.create_task(note()))
+
+        async with AsyncKVStore("db", url=url, observer=observe) as store:
+            await store.get("k")
+            await asyncio.gather(*others)
+        await audit.aclose()
+    assert not [event for event in events if isinstance(event, CallRetried | CallHedged)]
+
+
+async def test_observer_that_is_cancelled_is_not_told_of_later_calls_that_nobody_watches() -> None:
+    events: list[Event] = []
+
+    async def broken(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({}, status=503)
+
+    def observe(event: Event) -> None:
+        events.append(event)
+        raise asyncio.CancelledError
+
+    async with scripted_service(broken) as (url, _), AsyncKVStore("db", url=url, retry=RetryPolicy(attempts=2)) as store:
+        with pytest.raises(asyncio.CancelledError):
+            await store.with_options(observer=observe).get("k")
+        events.clear()
+        with pytest.raises(UnavailableError):
+            await store.get("k")
+    assert events == []
+
+
+async def test_observer_that_is_an_empty_container_is_told_too() -> None:
+    class Recorder(list[Event]):
+        def __call__(self, event: Event) -> None:
+            self.append(event)
+
+    events = Recorder()
+    await AsyncKVStore("db", url="memory://").with_options(observer=events).get("k")
+    assert len(events) == 2
+
+
+async def test_observer_of_a_cancelled_wait_is_told_of_the_attempts_that_were_made() -> None:
+    events: list[Event] = []
+
+    async def broken(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({}, status=503)
+
+    policy = RetryPolicy(attempts=2, backoff_base=25.0, backoff_cap=25.0)
+    async with (
+        scripted_service(broken) as (url, recorded),
+        AsyncKVStore("db", url=url, retry=policy, observer=events.append) as store,
+    ):
+        call = asyncio.create_task(store.get("k"))
+        while not any(isinstance(event, CallRetried) for event in events):
+            await asyncio.sleep(0.001)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    ended = events[-1]
+    assert isinstance(ended, CallEnded)
+    assert (ended.attempts, len(recorded.requests)) == (1, 1)

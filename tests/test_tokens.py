@@ -18,6 +18,7 @@ from aiokv.errors import (
     AuthenticationError,
     CallError,
     CallTimeoutError,
+    CredentialsError,
     RejectedError,
     ResponseError,
     StoreClosedError,
@@ -527,3 +528,32 @@ async def test_call_that_joins_an_old_exchange_has_its_own_time() -> None:
         with pytest.raises(CallTimeoutError):
             await first
         await backend.aclose()
+
+
+async def test_credentials_that_are_gone_at_the_second_attempt_do_not_hide_what_the_first_may_have_done() -> None:
+    class Gone:
+        asked = 0
+
+        async def authorization(self) -> str:
+            self.asked += 1
+            if self.asked > 1:
+                raise CredentialsError("the vault is locked")
+            return "Key id:secret"
+
+    calls = 0
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        nonlocal calls
+        if request.raw_path == TOKEN_PATH:
+            body = {"token": "t", "token_type": "Bearer", "expires_at": "2100-01-01T00:00:00Z"}
+            return web.json_response(body)
+        calls += 1
+        return web.json_response({}, status=503 if calls == 1 else 401)
+
+    async with scripted_service(answer) as (url, _):
+        backend = RemoteBackend(URL(url), credentials=Gone(), sleep=no_wait)
+        with pytest.raises(UnavailableError, match="the vault is locked") as caught:
+            await backend.set("db", "k", "v", 60)
+        await backend.aclose()
+    assert caught.value.maybe_applied
+    assert isinstance(caught.value.__cause__, CredentialsError)

@@ -146,3 +146,43 @@ async def test_stores_of_one_configuration_keep_one_order() -> None:
             service.gates[-1].set()
         await asyncio.gather(first, second, third)
     assert service.stored == ["first", "second", "third"]
+
+
+async def test_writes_that_give_up_in_their_order_leave_no_entry_behind() -> None:
+    gate = asyncio.Event()
+
+    async def hold(_request: web.BaseRequest) -> web.StreamResponse:
+        await gate.wait()
+        return web.json_response({"status": "ok"})
+
+    async with scripted_service(hold) as (url, recorded):
+        backend = RemoteBackend(URL(url))
+        first, second, third = (asyncio.create_task(backend.set("db", "k", text, 60)) for text in "abc")
+        while not recorded.requests:
+            await asyncio.sleep(0.001)
+        for waiting in (second, third):
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        gate.set()
+        await first
+        await asyncio.sleep(0.01)
+        await backend.aclose()
+    assert backend._writing == {}
+
+
+async def test_newcomer_waits_though_the_last_waiter_gave_up() -> None:
+    async with slow_service() as (service, backend, _):
+        first = asyncio.create_task(backend.set("db", "k", "first", 60))
+        await settle(service, 1)
+        second = asyncio.create_task(backend.set("db", "k", "second", 60))
+        await asyncio.sleep(0.01)
+        second.cancel()
+        await asyncio.wait([second])
+        third = asyncio.create_task(backend.set("db", "k", "third", 60))
+        await settle(service, 1)
+        assert len(service.gates) == 1, "a write overtook the first one"
+        service.gates[0].set()
+        await settle(service, 2)
+        service.gates[1].set()
+        await asyncio.gather(first, third)
+        assert service.stored == ["first", "third"]

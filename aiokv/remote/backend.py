@@ -4,6 +4,7 @@ import asyncio
 import copy
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import NamedTuple, Self
 
 from yarl import URL
@@ -117,11 +118,14 @@ class RemoteBackend:
 
     async def aclose(self) -> None:
         """Close every connection; see `Backend.aclose`."""
-        if self._tokens is not None:
-            await self._tokens.aclose()
-        for hedger in self._hedgers.values():
-            await hedger.aclose()
-        await self._transport.aclose()
+        try:
+            if self._tokens is not None:
+                await self._tokens.aclose()
+            for hedger in list(self._hedgers.values()):
+                await hedger.aclose()
+        finally:
+            # Also where whoever closes is cancelled: nobody else could.
+            await self._transport.aclose()
 
     def _call(
         self, verb: Verb, db_name: str, key: str, *, query: dict[str, str] | None = None, value: str | None = None
@@ -143,16 +147,16 @@ class RemoteBackend:
                 await self._wait_for(previous, call, started)
             await self._made(call, started)
         finally:
-            if self._writing.get(entry) is through:
-                # Whoever gave up waiting leaves the place to the one that is still under way.
-                if previous is not None and not previous.done():
-                    self._writing[entry] = previous
-                else:
-                    del self._writing[entry]
             if previous is None or previous.done():
-                through.set_result(None)
+                self._let_pass(entry, through)
             else:
-                previous.add_done_callback(lambda _: through.set_result(None))
+                # Whoever gives up waiting lets nobody overtake the one that is still under way.
+                previous.add_done_callback(lambda _: self._let_pass(entry, through))
+
+    def _let_pass(self, entry: tuple[str, str], through: "asyncio.Future[None]") -> None:
+        through.set_result(None)
+        if self._writing.get(entry) is through:
+            del self._writing[entry]
 
     async def _wait_for(self, previous: "asyncio.Future[None]", call: _Call, started: float) -> None:
         await asyncio.wait([previous], timeout=self._policy.total_timeout)
@@ -179,20 +183,13 @@ class RemoteBackend:
                 if self._quota.tokens < QUOTA_TOKENS:
                     self._quota.refund(SUCCESS_TOKENS)
                 return value
-            return await retry(
-                first_error, lambda: self._attempt(call, deadline), self._policy, deadline, self._quota, self._sleep
-            )
+            again = partial(self._attempt, call, deadline)
+            return await retry(first_error, again, self._policy, deadline, self._quota, self._sleep)
         except CallError as error:
             error.elapsed = self._loop.time() - started
             raise
 
     async def _attempt(self, call: _Call, deadline: float) -> str | None:
-        """Send a call once; a read that is late, where that is asked for, twice."""
-        if self._hedger is None or call.verb != "get":
-            return await self._asked(call, deadline)
-        return await self._hedger.first_of(lambda: self._asked(call, deadline), may_hedge=lambda: not self._transport.busy)
-
-    async def _asked(self, call: _Call, deadline: float) -> str | None:
         """Send a call once; where its token is refused, renew that and send it once more."""
         try:
             header = self._tokens.current(self._exchange) if self._tokens is not None else None
@@ -215,7 +212,10 @@ class RemoteBackend:
         headers = {} if header is None else {"Authorization": header}
         if call.body is not None:
             headers["Content-Type"] = "text/plain; charset=utf-8"
-        return await self._transport.request(METHODS[call.verb], call.url, headers, call.body, self._timeouts, deadline)
+        if self._hedger is None or call.verb != "get":
+            return await self._transport.request(METHODS[call.verb], call.url, headers, call.body, self._timeouts, deadline)
+        send = partial(self._transport.request, "GET", call.url, headers, None, self._timeouts, deadline)
+        return await self._hedger.first_of(send, is_good=_is_good, may_hedge=lambda: not self._transport.busy)
 
     async def _new_header(self, deadline: float, refused: str | None = None) -> str | None:
         if self._tokens is None:
@@ -260,12 +260,15 @@ class RemoteBackend:
                 raise self._refusal(answer, headers["Authorization"])
             return parse_token(answer)
 
+        quota = quota_of(self._token_url.authority)
         try:
             try:
-                return await attempt()
+                token = await attempt()
             except CallError as error:
                 first_error = error
-            quota = quota_of(self._token_url.authority)
+            else:
+                quota.refund(SUCCESS_TOKENS)
+                return token
             return await retry(first_error, attempt, self._policy, deadline, quota, self._sleep)
         except CallError as error:
             # To the call that waits for the token this is final: the exchange has had its attempts, and nothing was stored.
@@ -290,6 +293,11 @@ class RemoteBackend:
         )
         error.request_id = _request_id(answer)
         return error
+
+
+def _is_good(answer: Answer) -> bool:
+    """Say whether a read's answer is worth not waiting for another."""
+    return answer.status in {_OK, _NOT_FOUND}
 
 
 def _parsed(answer: Answer, *, write: bool) -> str | None:

@@ -62,15 +62,18 @@ class Hedger:
         self._losers: set[asyncio.Task[Any]] = set()
         self.wait_seconds: float | None = None
 
-    async def first_of(self, send: Callable[[], Coroutine[Any, Any, R]], *, may_hedge: Callable[[], bool]) -> R:
+    async def first_of(
+        self, send: Callable[[], Coroutine[Any, Any, R]], *, is_good: Callable[[R], bool], may_hedge: Callable[[], bool]
+    ) -> R:
         """Send a read, and once more where it is late.
 
         Args:
             send: Sends it.
+            is_good: Whether an answer is worth not waiting for the other one.
             may_hedge: Whether there is room for a second request now.
 
         Returns:
-            The answer that came first.
+            The good answer that came first; where there is none, that to the first request.
 
         Raises:
             CallError: The first request failed, and so did the second, if there was one.
@@ -89,7 +92,7 @@ class Hedger:
                 self._credit -= 1.0
                 telemetry.hedged(self._loop.time() - started)
                 tasks.append(asyncio.create_task(send(), name="aiokv hedged read"))
-            result = await _first_good(tasks)
+            result = await (first if len(tasks) == 1 else _first_good(tasks, is_good))
         finally:
             for task in tasks:
                 if task.done():
@@ -122,12 +125,12 @@ class Hedger:
             self.wait_seconds = max(late, self._policy.min_wait)
 
 
-async def _first_good(tasks: "list[asyncio.Task[R]]") -> R:
-    """Give the first result; where all fail, the first one's error."""
+async def _first_good(tasks: "list[asyncio.Task[R]]", is_good: Callable[[R], bool]) -> R:
+    """Give the first good result; where there is none, what the first one came to."""
     waiting = set(tasks)
     while waiting:
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
-            if task in done and not isinstance(task.exception(), CallError):
+            if task in done and not isinstance(task.exception(), CallError) and is_good(task.result()):
                 return task.result()
     return tasks[0].result()

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from aiokv import telemetry
-from aiokv.errors import CallError, ThrottledError
+from aiokv.errors import CallError, ConfigurationError, ThrottledError
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -256,7 +256,10 @@ class _Sequence(Generic[R]):
         self._deadline = deadline
         self._quota = quota
         self._attempts = 1
+        self._error = first_error
         self._paid_tokens = 0
+        # Whether that retry is still to be sent.
+        self._waits = False
         self._maybe_applied = first_error.maybe_applied
 
     async def run(self, sleep: Callable[[float], Awaitable[None]]) -> R:
@@ -277,6 +280,10 @@ class _Sequence(Generic[R]):
             error.attempts = self._attempts
             error.maybe_applied = self._maybe_applied
             raise
+        except BaseException:
+            if self._waits:
+                self._quota.refund(self._paid_tokens)
+            raise
         self._quota.refund(self._paid_tokens)
         return result
 
@@ -286,11 +293,19 @@ class _Sequence(Generic[R]):
             error, self._pending = self._pending, None
             raise error
         self._attempts += 1
+        self._waits = False
+        telemetry.attempted(self._attempts)
         try:
             return await self._attempt()
         except CallError as error:
+            self._error = error
             self._maybe_applied = self._maybe_applied or error.maybe_applied
             raise
+        except ConfigurationError as error:
+            # Credentials that have gone meanwhile: what matters is what may have become of the write.
+            self._error.reason += f"; it cannot be tried again: {error}"
+            self._error.transient = False
+            raise self._error from error
 
     def _stops(self, state: "RetryCallState") -> bool:
         late = asyncio.get_running_loop().time() + state.upcoming_sleep >= self._deadline
@@ -299,6 +314,7 @@ class _Sequence(Generic[R]):
         error = _error_of(state)
         self._paid_tokens = THROTTLED_COST_TOKENS if is_throttled(error) else TRANSIENT_COST_TOKENS
         if self._quota.pay(self._paid_tokens):
+            self._waits = True
             return False
         error.reason += "; not tried again, since most calls to this host fail (its retry quota is spent)"
         return True

@@ -70,6 +70,8 @@ class Transport:
         self._loop = asyncio.get_running_loop()
         # In front of the pool, so that a wait for a connection can be told from a slow server.
         self._slots = asyncio.Semaphore(options.pool_size)
+        # Those of requests under way: to close is to end them.
+        self._bounds: set[asyncio.Timeout] = set()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0,
@@ -160,17 +162,15 @@ class Transport:
         data = io.BytesIO(body) if body is not None and len(body) > _MAX_DIRECT_BODY_BYTES else body
         allowed_until = min(deadline, self._loop.time() + timeouts.attempt_seconds)
         cause: Exception | None
+        response: aiohttp.ClientResponse | None = None
+        bound = asyncio.timeout_at(allowed_until)
+        self._bounds.add(bound)
         try:
-            async with asyncio.timeout_at(allowed_until):
+            async with bound:
                 response = await self._session.request(
                     method, url, data=data, headers=headers, allow_redirects=False, timeout=timeouts.of_session
                 )
-                try:
-                    content = await _read(response)
-                except BaseException:
-                    response.close()
-                    raise
-                return Answer(response.status, response.headers, content)
+                return Answer(response.status, response.headers, await _read(response))
         except CallError as error:
             error.maybe_applied = write
             raise
@@ -184,12 +184,19 @@ class Transport:
         except RuntimeError as error:
             if not self._session.closed:
                 raise
-            cause, ours = error, StoreClosedError("the store is closed")
+            # Before there is an answer, aiohttp says so only where it has sent nothing.
+            maybe_applied = write and response is not None
+            cause, ours = error, StoreClosedError("the store is closed", maybe_applied=maybe_applied)
+        finally:
+            self._bounds.discard(bound)
         raise ours from cause
 
     async def aclose(self) -> None:
-        """Close every connection."""
+        """Close every connection, and end every request that is under way."""
         await self._session.close()
+        # aiohttp leaves those alone that wait for the rest of a body.
+        for bound in self._bounds:
+            bound.reschedule(self._loop.time())
 
     def abandon(self) -> None:
         """Let the session go without its event loop, which is closed or belongs to the process that forked this one."""
@@ -201,7 +208,16 @@ class Transport:
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """Read the body, an error's up to 64 KiB, a value's up to what a value can be."""
+    """Read the body; what was not read to its end is not used again."""
+    try:
+        return await _read_bounded(response)
+    except BaseException:
+        response.close()
+        raise
+
+
+async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
+    """Read an error's body up to 64 KiB, a value's up to what a value can be."""
     ok = response.status == _OK
     limit_bytes = MAX_ANSWER_BYTES if ok else MAX_ERROR_BODY_BYTES
     content = response.content
