@@ -2,8 +2,15 @@
 
 import asyncio
 import itertools
+import os
+import signal
+import sys
 import time
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Generator
+
+import pytest
 
 import aiokv.opening
 from aiokv import AsyncKVStore, StorageError
@@ -103,3 +110,60 @@ class Work:
         if error is not None:
             raise error
         return run
+
+
+def in_child(run: Callable[[], None]) -> int:
+    """Run something in a forked child; give its exit status."""
+    with warnings.catch_warnings():
+        # From Python 3.12 on a fork beside other threads warns, which is what is tested.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        status = 1
+        # A child that waits for ever ends all the same.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(12)
+        try:
+            run()
+            status = 0
+        except BaseException:  # noqa: BLE001 (a child reports whatever it meets)
+            traceback.print_exc(file=sys.__stderr__)
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# Fixtures, which become a module's own by an assignment there.
+
+
+@pytest.fixture
+def watched() -> tuple[WatchedBackend, AsyncKVStore]:
+    """Give a store that nobody else has, with its backend."""
+    return watched_store()
+
+
+@pytest.fixture
+def backend(watched: tuple[WatchedBackend, AsyncKVStore]) -> WatchedBackend:
+    """Give that backend."""
+    return watched[0]
+
+
+@pytest.fixture
+def store(watched: tuple[WatchedBackend, AsyncKVStore]) -> AsyncKVStore:
+    """Give that store."""
+    return watched[1]
+
+
+@pytest.fixture
+def work() -> Work:
+    """Give an expensive computation."""
+    return Work()
+
+
+@pytest.fixture
+def hurried_threads() -> Generator[None]:
+    """Let threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)

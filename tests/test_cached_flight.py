@@ -6,15 +6,22 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
+import caching_under_test
 import pytest
 from caching_under_test import WatchedBackend, Work, settle, watched_store
 from helpers import FakeClock, clean_environment
 
-from aiokv import AsyncKVStore, CachedFunction, NearCache, kv_cached
+from aiokv import AsyncKVStore, CachedFunction, CacheEvent, NearCache, kv_cached
 
+watched = caching_under_test.watched
+backend = caching_under_test.backend
+store = caching_under_test.store
+work = caching_under_test.work
+hurried_threads = caching_under_test.hurried_threads
 threads_store = AsyncKVStore("db", url="memory://cached-flight-threads")
 
 
@@ -24,26 +31,6 @@ async def nothing_left_pending() -> AsyncGenerator[None]:
     yield
     await settle()
     assert asyncio.all_tasks() <= before | {asyncio.current_task()}  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def watched() -> tuple[WatchedBackend, AsyncKVStore]:
-    return watched_store()
-
-
-@pytest.fixture
-def backend(watched: tuple[WatchedBackend, AsyncKVStore]) -> WatchedBackend:
-    return watched[0]
-
-
-@pytest.fixture
-def store(watched: tuple[WatchedBackend, AsyncKVStore]) -> AsyncKVStore:
-    return watched[1]
-
-
-@pytest.fixture
-def work() -> Work:
-    return Work()
 
 
 @pytest.fixture
@@ -532,14 +519,6 @@ async def _squares(seed: int) -> None:
         assert await asyncio.gather(*map(square, numbers), *map(square, numbers)) == [n * n for n in numbers] * 2
 
 
-@pytest.fixture
-def hurried_threads() -> Generator[None]:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
 def _in_threads(run: Callable[[int], None], count: int) -> list[BaseException]:
     failures: list[BaseException] = []
 
@@ -693,3 +672,81 @@ def test_exit_leaves_no_warning(body: str, tmp_path: Path) -> None:
         check=False,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
+
+
+class Interruption(BaseException):
+    """What no `except Exception` catches."""
+
+
+async def test_observer_that_interrupts_a_miss_leaves_nobody_waiting(store: AsyncKVStore, work: Work) -> None:
+    interruptions = [Interruption()]
+
+    def observer(event: CacheEvent) -> None:
+        if event.kind == "miss" and interruptions:
+            raise interruptions.pop()
+
+    @kv_cached(60, store=store, key=lambda: "one", observer=observer)
+    async def number() -> int:
+        return await work()
+
+    async with asyncio.timeout(5):
+        with pytest.raises(Interruption):
+            await number()
+        assert await number() == 1
+
+
+async def test_computation_that_everybody_left_and_that_goes_on_is_not_stored(
+    backend: WatchedBackend, store: AsyncKVStore
+) -> None:
+    ended = asyncio.Event()
+
+    @kv_cached(60, store=store, key=lambda: "one")
+    async def stubborn() -> int:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await ended.wait()
+        return 1
+
+    call = asyncio.create_task(stubborn())
+    await settle()
+    call.cancel()
+    await settle()
+    await stubborn.invalidate()
+    ended.set()
+    await settle()
+    assert (backend.asked("set"), await stubborn.peek()) == (0, None)
+
+
+class Handle:
+    """What JSON cannot hold."""
+
+    def __init__(self) -> None:
+        self.users: list[str] = []
+
+
+class Uncopyable(Handle):
+    def __deepcopy__(self, memo: object) -> "Uncopyable":
+        raise LookupError
+
+
+@pytest.mark.parametrize("kind", [Handle, Uncopyable])
+async def test_waiters_for_what_json_cannot_hold_get_copies_where_that_can_be(
+    kind: type[Handle], store: AsyncKVStore, work: Work
+) -> None:
+    @kv_cached(60, store=store, key=lambda: "one", when=lambda _: False, returns=Any)
+    async def handle() -> Handle:
+        await work()
+        return kind()
+
+    async def used(name: str) -> Handle:
+        got = await handle()
+        got.users.append(name)
+        return got
+
+    handles = await asyncio.gather(*map(used, "abc"))
+    if kind is Handle:
+        assert [got.users for got in handles] == [["a"], ["b"], ["c"]]
+    else:
+        assert len(set(map(id, handles))) == 1
+    assert work.runs == 1

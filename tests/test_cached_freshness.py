@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, ClassVar
 
+import caching_under_test
 import orjson
 import pytest
 from caching_under_test import WatchedBackend, Work, settle, watched_store
@@ -27,25 +28,14 @@ from aiokv import (
     kv_cached,
 )
 
+backend = caching_under_test.backend
+store = caching_under_test.store
+work = caching_under_test.work
+
 
 @pytest.fixture
 def watched(clock: FakeClock) -> tuple[WatchedBackend, AsyncKVStore]:
     return watched_store(clock)
-
-
-@pytest.fixture
-def backend(watched: tuple[WatchedBackend, AsyncKVStore]) -> WatchedBackend:
-    return watched[0]
-
-
-@pytest.fixture
-def store(watched: tuple[WatchedBackend, AsyncKVStore]) -> AsyncKVStore:
-    return watched[1]
-
-
-@pytest.fixture
-def work() -> Work:
-    return Work()
 
 
 Cached = Callable[..., CachedFunction[[], int]]
@@ -662,3 +652,34 @@ async def test_stale_window_is_kept_by_the_store(cached: Cached, work: Work, clo
     clock.advance(590)
     work.error = LookupError("down")
     assert await number() == 1
+
+
+@pytest.mark.parametrize("reason", ["when", "too large"])
+@pytest.mark.parametrize("near", [False, True])
+async def test_refresh_whose_result_is_not_stored_leaves_nothing_older(
+    reason: str, *, near: bool, store: AsyncKVStore, clock: FakeClock
+) -> None:
+    results = ["old", "x" * 2_100_000 if reason == "too large" else "new", "newest"]
+
+    @kv_cached(60, store=store, key=lambda: "one", near=NearCache(30) if near else None, when=lambda text: text != "new")
+    async def text() -> str:
+        return results.pop(0)
+
+    text._cache.clock = clock
+    assert await text() == "old"
+    refreshed = await text.refresh()
+    assert refreshed != "old"
+    assert await text() in {refreshed, "newest"}
+    assert await text() in {refreshed, "newest"}
+
+
+async def test_prime_of_what_cannot_be_stored_discards_nothing(cached: Cached, work: Work) -> None:
+    number = cached()
+    gate = work.hold()
+    computing = asyncio.create_task(number())
+    await settle()
+    with pytest.raises(TypeError):
+        await number.prime((1, 2))  # type: ignore[arg-type]
+    gate.set()
+    assert await computing == 1
+    assert (await number(), work.runs) == (1, 1)

@@ -1,13 +1,21 @@
 """kv_cached_many: stored ids are fetched together, the function is called once with the rest."""
 
 import asyncio
+import collections
+import inspect
+import pickle
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any, Generic, NewType, Optional, TypedDict, TypeVar
 
 import pytest
+from caching_under_test import watched_store
 from helpers import FakeClock
+from typing_extensions import TypeAliasType
 
 from aiokv import AsyncKVStore, NearCache, RetryPolicy, cache_bypass, cache_refresh, kv_cached_many
+from aiokv.caching.many import value_type
 
 store = AsyncKVStore("many", url="memory://cached-many")
 asked: list[list[int]] = []
@@ -151,3 +159,256 @@ async def test_method_is_bound_to_its_instance() -> None:
     await one.titles.invalidate([1, 2])
     await other.titles.invalidate([1])
     assert asked == [[1, 2], [1]]
+
+
+@kv_cached_many(ttl=10, store=store, stale_while_revalidate=600, prefix="shared", key=lambda id_: id_)
+async def shared(ids: list[int]) -> dict[int, int]:
+    asked.append(ids)
+    return {id_: id_ * 10 + len(asked) for id_ in ids}
+
+
+@kv_cached_many(ttl=10, store=store, stale_while_revalidate=600, prefix="shared", key=lambda id_: id_)
+async def shared_elsewhere(ids: list[int]) -> dict[int, int]:
+    return dict.fromkeys(ids, -1)
+
+
+@pytest.fixture
+async def stale(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ids 1 to 4 stored, and not fresh any more."""
+    for cached in (shared, shared_elsewhere):
+        monkeypatch.setattr(cached._cache, "clock", clock)
+    await shared.invalidate(range(10))
+    await store.delete_many(f"{shared.key(id_)}:refreshing" for id_ in range(10))
+    await shared([1, 2, 3, 4])
+    clock.advance(15)
+    asked.clear()
+
+
+@pytest.mark.usefixtures("stale")
+async def test_ids_that_another_process_has_computed_meanwhile_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As another process between this one's look and its refresh.
+    behind = shared._refresh
+
+    async def later(*args: Any) -> None:
+        with cache_refresh():
+            await shared_elsewhere([2])
+        await behind(*args)
+
+    monkeypatch.setattr(type(shared), "_refresh", lambda _, *args: later(*args))
+    assert await shared([1, 2, 3]) == {1: 11, 2: 21, 3: 31}
+    await shared.aclose()
+    assert asked == [[1, 3]]
+    assert await shared([1, 2, 3]) == {1: 11, 2: -1, 3: 31}
+
+
+@pytest.mark.usefixtures("stale")
+async def test_ids_that_another_process_is_at_are_left_to_it(clock: FakeClock) -> None:
+    await store.set(f"{shared.key(3)}:refreshing", f"somebody {clock.now}")
+    assert await shared([2, 3, 4]) == {2: 21, 3: 31, 4: 41}
+    await shared.aclose()
+    assert asked == [[2, 4]]
+
+
+@pytest.mark.usefixtures("stale")
+async def test_ids_that_are_invalidated_while_computed_behind_are_not_stored() -> None:
+    gate = asyncio.Event()
+
+    @kv_cached_many(ttl=10, store=store, stale_while_revalidate=600, prefix="shared", key=lambda id_: id_)
+    async def held(ids: list[int]) -> dict[int, int]:
+        asked.append(ids)
+        await gate.wait()
+        return dict.fromkeys(ids, 99)
+
+    held._cache.clock = shared._cache.clock
+    await held([1, 2])
+    for _ in range(30):
+        await asyncio.sleep(0)
+    assert asked == [[1, 2]]
+    await held.invalidate([1])
+    gate.set()
+    await held.aclose()
+    assert (await store.get(held.key(1)), await shared([2])) == (None, {2: 99})
+
+
+async def test_read_that_was_under_way_at_an_invalidation_leaves_nothing_in_the_near_cache() -> None:
+    backend, watched = watched_store()
+    version = 1
+
+    @kv_cached_many(ttl=60, store=watched, near=NearCache(30), key=lambda id_: id_)
+    async def many(ids: list[int]) -> dict[int, int]:
+        return dict.fromkeys(ids, version)
+
+    await many([1])
+    many._cache.options.near.clear()  # type: ignore[union-attr]
+    gate = backend.hold("get")
+    reading = asyncio.create_task(many([1]))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    version = 2
+    await many.invalidate([1])
+    gate.set()
+    assert await reading == {1: 1}
+    assert await many([1]) == {1: 2}
+
+
+async def test_ids_with_stores_of_their_own_are_read_from_those() -> None:
+    stores = {id_: watched_store()[1] for id_ in (1, 2)}
+
+    @kv_cached_many(ttl=60, store=lambda id_: stores[id_], key=lambda id_: id_)
+    async def many(ids: list[int]) -> dict[int, int]:
+        asked.append(ids)
+        return {id_: id_ for id_ in ids}
+
+    assert await many([1, 2]) == await many([2, 1]) == {1: 1, 2: 2}
+    assert asked == [[1, 2]]
+
+
+async def test_result_of_none_is_a_result_of_no_id() -> None:
+    @kv_cached_many(ttl=60, store=store, key=lambda id_: id_)
+    async def nothing(ids: list[int]) -> dict[int, int] | None:
+        asked.append(ids)
+        return None
+
+    assert await nothing([1]) == await nothing([1]) == {}
+    with cache_bypass():
+        assert await nothing([1]) == {}
+    assert asked == [[1], [1], [1]]
+
+
+class Shop:
+    """A client whose connection says nothing of its results."""
+
+    @kv_cached_many(ttl=60, store=store, ignore=("self",))
+    async def prices(self, ids: list[int], *, currency: str = "CHF") -> dict[int, str]:
+        asked.append(ids)
+        return {id_: f"{id_} {currency}" for id_ in ids}
+
+    @kv_cached_many(ttl=60, store=store)
+    @classmethod
+    async def names(cls, ids: list[int]) -> dict[int, str]:
+        return {id_: f"{cls.__name__} {id_}" for id_ in ids}
+
+    @classmethod
+    @kv_cached_many(ttl=60, store=store)
+    async def names_below(cls, ids: list[int]) -> dict[int, str]:
+        return {id_: f"{cls.__name__} {id_}" for id_ in ids}
+
+    @staticmethod
+    @kv_cached_many(ttl=60, store=store)
+    async def labels(ids: list[int]) -> dict[int, str]:
+        return {id_: f"label {id_}" for id_ in ids}
+
+
+class Bakery(Shop):
+    pass
+
+
+async def test_method_is_called_through_its_class_too() -> None:
+    shop = Shop()
+    await shop.prices.invalidate([1])
+    assert await Shop.prices(shop, [1]) == await shop.prices([1]) == {1: "1 CHF"}  # type: ignore[arg-type, call-arg]
+    assert Shop.prices.key(shop, 1) == shop.prices.key(1)  # type: ignore[arg-type, call-arg]
+    await Shop.prices.invalidate(shop, [1])  # type: ignore[arg-type, call-arg]
+    assert await store.get(shop.prices.key(1)) is None
+    assert asked == [[1]]
+
+
+@pytest.mark.parametrize("name", ["names", "names_below"])
+async def test_class_method_is_of_the_class_that_it_is_called_on(name: str) -> None:
+    for owner in (Shop, Bakery):
+        assert await getattr(owner, name)([1]) == await getattr(owner(), name)([1]) == {1: f"{owner.__name__} 1"}
+    if name == "names_below" and sys.version_info >= (3, 13):
+        # See test_class_method_that_hides_its_class_is_called_and_not_managed.
+        return
+    await getattr(Bakery, name).invalidate([1])
+    assert await store.get(getattr(Bakery, name).key(1)) is None
+    assert await store.get(getattr(Shop, name).key(1)) is not None
+
+
+async def test_class_method_that_hides_its_class_is_called_and_not_managed() -> None:
+    # As Python 3.13 asks what stands below @classmethod.
+    hidden = Shop.__dict__["names_below"].__func__
+    assert await hidden(Bakery, [1]) == {1: "Bakery 1"}
+    for ask in (hidden.key, hidden.invalidate):
+        with pytest.raises(TypeError, match="put @kv_cached_many above @classmethod"):
+            await ask([1])
+
+
+async def test_static_method_has_no_instance() -> None:
+    assert await Shop.labels([1]) == await Shop().labels([1]) == {1: "label 1"}
+
+
+def test_static_method_is_refused_below_with_the_way_out() -> None:
+    with pytest.raises(TypeError, match="below @staticmethod"):
+        kv_cached_many(ttl=60)(staticmethod(Shop.labels.__wrapped__))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("of", [users, Shop.prices, Shop.labels, Shop().prices, Bakery.names], ids=repr)
+def test_function_looks_like_what_was_decorated(of: Any) -> None:
+    again = pickle.loads(pickle.dumps(of))
+    assert again is of or again.key(1) == of.key(1)
+    assert asyncio.iscoroutinefunction(of)
+    assert inspect.iscoroutinefunction(of)
+    assert next(iter(inspect.signature(of).parameters)) == ("self" if of is Shop.prices else "ids")
+    assert repr(of).startswith("<kv_cached_many tests.test_cached_many.")
+
+
+X, Y = TypeVar("X"), TypeVar("Y")
+
+
+class Pages(dict[int, User]):
+    pass
+
+
+class Table(Mapping[X, Y]):
+    pass
+
+
+class Users(Table[Y, User], Generic[Y]):
+    pass
+
+
+class Named(TypedDict):
+    name: str
+
+
+UserIds = NewType("UserIds", dict[int, User])
+Aliased = TypeAliasType("Aliased", dict[int, X], type_params=(X,))
+
+
+@pytest.mark.parametrize(
+    ("returns", "expected"),
+    [
+        (dict[int, User], User),
+        (dict[int, User] | None, User),
+        (Optional[Mapping[int, User]], User),  # noqa: UP045 (another type at run time)
+        (Annotated[dict[int, User], "users"], User),
+        (Annotated[dict[int, User] | None, "users"] | None, User),
+        (dict[int, User | None], User | None),
+        (dict[int, User] | dict[str, str], User | str),
+        (collections.defaultdict[int, list[User]], list[User]),
+        (collections.Counter[int], int),
+        (Pages, User),
+        (Users[int], User),
+        (Table[int, User], User),
+        (UserIds, User),
+        (Aliased[User], User),  # type: ignore[valid-type]
+        (dict, Any),
+        (Mapping, Any),
+        (Any, Any),
+        (object, Any),
+    ],
+    ids=str,
+)
+def test_type_of_one_result_is_that_of_the_mappings_values(returns: Any, expected: Any) -> None:
+    assert value_type(returns) == expected
+
+
+@pytest.mark.parametrize("returns", [list[User], User, None, Named, dict[int, User] | list[User]], ids=str)
+def test_annotation_that_is_no_mapping_is_refused_at_decoration(returns: Any) -> None:
+    async def many(ids: list[int]) -> Any:
+        return ids
+
+    many.__annotations__["return"] = returns
+    with pytest.raises(TypeError, match=r"the function returns .*mapping from ids to results"):
+        kv_cached_many(ttl=60, key=lambda id_: id_)(many)

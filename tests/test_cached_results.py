@@ -9,7 +9,9 @@ import enum
 import functools
 import inspect
 import math
+import operator
 import pickle
+import sys
 import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
@@ -127,6 +129,12 @@ async def test_hit_returns_what_the_miss_returned(returns: Any, result: Any, *, 
         (tuple[int, int], [1, 2]),
         (str, "\ud800"),
         (Point, {"x": 1.0, "tags": []}),
+        (tuple[int, int], (True, 2)),
+        (tuple[int, ...], (enum.IntEnum("Small", "ONE").ONE,)),  # type: ignore[attr-defined]
+        (dict[str, tuple[bool, str]], {"a": (1, "b")}),
+        (frozenset[int], frozenset({True})),
+        (Pair, Pair(True, "a")),
+        (Point, Point(1.0, [enum.StrEnum("Tag", "RED").RED])),  # type: ignore[attr-defined]
     ],
     ids=str,
 )
@@ -229,6 +237,11 @@ class Service:
     async def of_class(cls, word: str) -> str:
         return f"{cls.__name__} {word}"
 
+    @classmethod
+    @kv_cached(60, store=kv)
+    async def by_default(cls, word: str = "x") -> str:
+        return f"{cls.__name__} {word}"
+
     @kv_cached(60, store=kv)
     @classmethod
     async def of_class_above(cls, word: str) -> str:
@@ -272,12 +285,53 @@ async def test_instance_that_cannot_be_part_of_a_key_is_named_with_the_way_out()
 async def test_class_method_is_of_the_class_that_it_is_called_on(name: str) -> None:
     assert await getattr(Service, name)("x") == await getattr(Service("a"), name)("x") == "Service x"
     assert await getattr(Special, name)("x") == await getattr(Special("a"), name)("x") == "Special x"
+    if name == "of_class" and sys.version_info >= (3, 13):
+        # See test_class_method_that_hides_its_class_is_not_mistaken_for_another_call.
+        return
     peeked = await getattr(Special, name).peek("x")
     assert peeked is not None
     assert peeked.value == "Special x"
     await getattr(Special, name).invalidate("x")
     assert await getattr(Special("a"), name).peek("x") is None
     assert await getattr(Service, name).peek("x") is not None
+
+
+async def test_class_method_that_hides_its_class_is_not_mistaken_for_another_call() -> None:
+    # As Python 3.13 asks what stands below @classmethod.
+    hidden = Service.__dict__["by_default"].__func__
+    for ask in (hidden.key, hidden.peek, hidden.invalidate, hidden.refresh):
+        with pytest.raises(TypeError, match=r"put @kv_cached above @classmethod at Service\.by_default"):
+            await ask("x")
+    assert await hidden(Service, "x") == "Service x"
+
+
+async def test_bound_method_stays_bound_wherever_it_is_put(store: AsyncKVStore) -> None:
+    class Holder:
+        method = Service("a", store).method
+
+    assert await Holder().method("x") == "x"
+
+
+@pytest.mark.parametrize(
+    ("of", "parameters"),
+    [
+        (Service.method, ["self", "word", "times"]),
+        (Service("a").method, ["word", "times"]),
+        (Service.of_class, ["word"]),
+        (Service("a").of_class, ["word"]),
+        (Service.of_class_above, ["word"]),
+        (Service("a").of_class_above, ["word"]),
+        (Service.static, ["word"]),
+        (Service("a").static, ["word"]),
+    ],
+    ids=repr,
+)
+def test_signature_is_that_of_the_call(of: Callable[..., Any], parameters: list[str]) -> None:
+    assert list(inspect.signature(of).parameters) == parameters
+
+
+def test_class_itself_has_the_signature_of_a_class() -> None:
+    assert "cache" in inspect.signature(CachedFunction).parameters
 
 
 async def test_static_method_has_no_instance() -> None:
@@ -317,7 +371,9 @@ def test_function_is_pickled_and_copied_by_name(of: CachedFunction[..., Any]) ->
 
 @pytest.mark.parametrize("name", ["of_class", "of_class_above"])
 def test_bound_class_method_is_pickled_by_name(name: str) -> None:
-    assert pickle.loads(pickle.dumps(getattr(Special, name))).key("x") == getattr(Special, name).key("x")
+    again = pickle.loads(pickle.dumps(getattr(Special, name)))
+    # From Python 3.13 on it is the language's own method.
+    assert (again._bound[0] if isinstance(again, CachedFunction) else again.__self__) is Special
 
 
 def test_bound_method_is_pickled_with_its_instance() -> None:
@@ -335,6 +391,7 @@ def test_function_keeps_its_name_documentation_and_signature() -> None:
 @pytest.mark.parametrize("of", [greet, Service.method, Service("a").method, Service.of_class, Service.static])
 def test_function_is_known_as_a_coroutine_function(of: Callable[..., Any]) -> None:
     assert asyncio.iscoroutinefunction(of)
+    assert inspect.iscoroutinefunction(of)
 
 
 def test_call_gives_a_coroutine() -> None:
@@ -379,6 +436,58 @@ async def test_default_store_serves_where_none_is_named(store: AsyncKVStore) -> 
         set_default_store(None)
 
 
+async def test_near_results_do_not_outlive_their_default_store(store: AsyncKVStore) -> None:
+    other = watched_store()[1]
+    runs = 0
+
+    @kv_cached(60, key=lambda name: name, near=NearCache(30))
+    async def by_key(name: str) -> int:
+        return runs if name else 0
+
+    for cached in (by_key, near_number):
+        try:
+            for number, default in enumerate([store, other], start=runs + 1):
+                set_default_store(default)
+                runs = near_numbers[0] = number
+                assert [await cached("a"), await cached("a"), await cached("a")] == [number] * 3
+            assert cached.info().near_hits == 4
+        finally:
+            set_default_store(None)
+
+
+near_numbers = [0]
+
+
+@kv_cached(60, near=NearCache(30))
+async def near_number(name: str) -> int:
+    return near_numbers[0] if name else 0
+
+
+async def test_result_that_was_under_way_when_the_default_store_changed_stays_with_it(store: AsyncKVStore) -> None:
+    other = watched_store()[1]
+    near = NearCache(30)
+    gate = asyncio.Event()
+
+    @kv_cached(60, key=lambda: "one", near=near)
+    async def compute() -> str:
+        if not gate.is_set():
+            await gate.wait()
+            return "old"
+        return "new"
+
+    try:
+        set_default_store(store)
+        computing = asyncio.create_task(compute())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        set_default_store(other)
+        gate.set()
+        assert await computing == "old"
+        assert [await compute(), await compute()] == ["new", "new"]
+    finally:
+        set_default_store(None)
+
+
 async def test_namespace_of_the_default_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIOKV_URL", "memory://cached-results-by-db-name")
 
@@ -396,6 +505,43 @@ async def test_store_of_a_plain_function_may_be_had_from_a_function_without_argu
         return name
 
     assert [await compute("a"), await compute(name="a"), compute.info().computations] == ["a", "a", 1]
+
+
+@pytest.mark.parametrize("how", ["default", "partial", "keyword", "any"])
+async def test_store_function_that_needs_no_instance_is_called_without(how: str, store: AsyncKVStore) -> None:
+    def choose(wanted: AsyncKVStore = store) -> AsyncKVStore:
+        return wanted
+
+    def choose_by_name(*, wanted: AsyncKVStore) -> AsyncKVStore:
+        return wanted
+
+    functions: dict[str, Callable[..., AsyncKVStore]] = {
+        "default": choose,
+        "partial": functools.partial(choose, store),
+        "keyword": functools.partial(choose_by_name, wanted=store),
+        "any": lambda *_: store,
+    }
+
+    @kv_cached(60, store=functions[how], key=lambda name: name)
+    async def compute(name: str) -> str:
+        return name
+
+    assert [await compute("a"), await compute("a"), compute.info().hits] == ["a", "a", 1]
+
+
+class Getter:
+    def __init__(self, store: AsyncKVStore) -> None:
+        self.kv = store
+
+    @kv_cached(60, store=operator.attrgetter("kv"), ignore=("self",))
+    async def double(self, number: int) -> int:
+        return 2 * number
+
+
+async def test_store_may_be_had_by_an_attribute_getter(store: AsyncKVStore) -> None:
+    getter = Getter(store)
+    assert await getter.double(1) == 2
+    assert await store.get(getter.double.key(1)) is not None
 
 
 async def test_store_of_a_method_is_found_where_self_is_bound(store: AsyncKVStore) -> None:
@@ -516,12 +662,60 @@ def test_ttl_within_its_bounds_is_taken(ttl: Any) -> None:
     kv_cached(ttl, store=kv)(_coroutine_function)
 
 
-async def test_function_whose_annotation_cannot_be_resolved_is_told_at_its_first_result(store: AsyncKVStore) -> None:
+async def test_annotation_that_cannot_be_resolved_is_told_before_anything_is_computed(store: AsyncKVStore) -> None:
+    runs = 0
+
     async def compute() -> "Missing":  # type: ignore[name-defined]  # noqa: F821
+        nonlocal runs
+        runs += 1
         return 1
 
-    with pytest.raises(TypeError, match=r"return annotation cannot be resolved.*returns="):
-        await kv_cached(60, store=store, key=lambda: "one")(compute)()
+    cached = kv_cached(60, store=store, key=lambda: "one", stale_if_error=60)(compute)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"return annotation cannot be resolved.*returns="):
+            await cached()
+    assert runs == 0
+
+
+async def test_result_may_be_of_a_class_that_is_defined_later(store: AsyncKVStore) -> None:
+    cached = kv_cached(60, store=store, key=lambda: "one")(later)
+    assert [await cached(), await cached()] == [Later(Latest(1)), Later(Latest(1))]
+
+
+async def later() -> "Later":
+    """Give what is defined below."""
+    return Later(Latest(1))
+
+
+early_later = kv_cached(60, store=kv)(later)
+
+
+@dataclasses.dataclass
+class Later:
+    latest: "Latest"
+
+
+early_later_field = kv_cached(60, store=kv, returns=Later, key=lambda: "field")(later)
+
+
+@dataclasses.dataclass
+class Latest:
+    size: int
+
+
+@pytest.mark.parametrize("of", [early_later, early_later_field], ids=["annotation", "field"])
+async def test_function_may_be_decorated_before_its_result_is_defined(of: CachedFunction[[], Later]) -> None:
+    await of.invalidate()
+    assert [await of(), await of(), of.info().hits] == [Later(Latest(1)), Later(Latest(1)), 1]
+
+
+class Opaque:
+    """What pydantic knows nothing of."""
+
+
+def test_annotation_that_nothing_can_be_decoded_to_is_refused_at_decoration() -> None:
+    with pytest.raises(TypeError, match=r"results of type Opaque cannot be decoded"):
+        kv_cached(60, store=kv, returns=Opaque)(_coroutine_function)
 
 
 async def numbers_of(count: int) -> AsyncIterator[int]:

@@ -1,10 +1,14 @@
 """A store that is dead, slow or talks nonsense: cached functions go on giving right results."""
 
 import asyncio
+import copyreg
+import gc
 import logging
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable
 
+import caching_under_test
 import pytest
 from caching_under_test import WatchedBackend, Work, settle, watched_store
 
@@ -22,27 +26,11 @@ from aiokv import (
 )
 from aiokv.caching.breaker import FAILURES_TO_OPEN, Breaker
 
+watched = caching_under_test.watched
+backend = caching_under_test.backend
+store = caching_under_test.store
+work = caching_under_test.work
 READ_TIMEOUT = 0.05
-
-
-@pytest.fixture
-def watched() -> tuple[WatchedBackend, AsyncKVStore]:
-    return watched_store()
-
-
-@pytest.fixture
-def backend(watched: tuple[WatchedBackend, AsyncKVStore]) -> WatchedBackend:
-    return watched[0]
-
-
-@pytest.fixture
-def store(watched: tuple[WatchedBackend, AsyncKVStore]) -> AsyncKVStore:
-    return watched[1]
-
-
-@pytest.fixture
-def work() -> Work:
-    return Work()
 
 
 class Probing:
@@ -551,3 +539,97 @@ async def test_refresh_and_prime_raise_too_while_the_store_is_given_up_on(double
     with pytest.raises(CallError):
         await double.prime(2, 1)
     await double.aclose()
+
+
+async def test_store_that_cancels_itself_is_gone_around(
+    doubled: Doubled, backend: WatchedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiokv.caching.breaker, "_FIRST_PROBE_SECONDS", 0.01)
+    double = doubled()
+    backend.failing, backend.error = {"get", "set"}, asyncio.CancelledError()  # type: ignore[assignment]
+    await _right(double, 5)
+    await asyncio.sleep(0.05)
+    backend.failing = set()
+    await asyncio.sleep(0.2)
+    await double(1)
+    assert (await double(1), double.info().hits) == (2, 1)
+
+
+async def test_cancelled_read_is_the_callers_own_and_no_failure(doubled: Doubled, backend: WatchedBackend) -> None:
+    double = doubled(read_timeout=30.0)
+    gate = backend.hold("get")
+    call = asyncio.create_task(double(1))
+    await settle()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    gate.set()
+    assert double.info().store_errors == 0
+
+
+async def test_breaker_closes_where_its_probes_are_ended_from_outside() -> None:
+    async def probe() -> None: ...
+
+    breaker = Breaker(probe)
+    for _ in range(FAILURES_TO_OPEN):
+        breaker.failed(OSError(), 0.0)
+    assert breaker.open
+    assert breaker._probing is not None
+    breaker._probing.cancel()
+    await settle()
+    assert not breaker.open
+
+
+@pytest.mark.parametrize("write", ["await", "background"])
+async def test_error_that_is_kept_holds_no_values(
+    write: str, doubled: Doubled, backend: WatchedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Value:
+        pass
+
+    def with_traceback(error: OSError) -> object:
+        return OSError.with_traceback, (OSError(*error.args), error.__traceback__)
+
+    # As a library does that lets tracebacks be pickled.
+    monkeypatch.setitem(copyreg.dispatch_table, OSError, with_traceback)
+
+    alive: list[weakref.ref[Value]] = []
+
+    async def get(db_name: str, key: str) -> str | None:
+        value = Value()
+        alive.append(weakref.ref(value))
+        raise OSError(db_name, key)
+
+    backend.get = get  # type: ignore[method-assign]
+    double = doubled(write=write)
+    await double(1)
+    gc.collect()
+    assert [reference() for reference in alive] == [None]
+
+
+async def test_store_that_fails_in_a_way_of_its_own_is_gone_around(doubled: Doubled, backend: WatchedBackend) -> None:
+    backend.failing, backend.error = {"get", "set"}, RuntimeError("no such pool")
+    await _right(doubled())
+
+
+async def test_error_of_a_class_that_cannot_be_copied_is_still_raised(doubled: Doubled, backend: WatchedBackend) -> None:
+    class OddError(OSError):
+        def __init__(self, *, code: int) -> None:
+            super().__init__(str(code))
+
+    double = doubled(on_store_error="raise")
+    backend.failing, backend.error = {"get"}, OddError(code=7)
+    for number in range(2 * FAILURES_TO_OPEN):
+        with pytest.raises(OSError):  # noqa: PT011 (of any class)
+            await double(number)
+
+
+async def test_write_that_aclose_gave_up_on_costs_its_caller_nothing(doubled: Doubled, backend: WatchedBackend) -> None:
+    double = doubled(read_timeout=0.2)
+    gate = backend.hold("set")
+    call = asyncio.create_task(double(1))
+    await settle()
+    (writing,) = double._cache._states.here().background
+    writing.cancel()
+    assert await call == 2
+    gate.set()

@@ -14,16 +14,16 @@ from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
-from aiokv.caching.breaker import FAILURES_TO_OPEN, Breaker
+from aiokv.caching.breaker import FAILURES_TO_OPEN, Breaker, is_cancelled, without_traceback
 from aiokv.caching.codec import ResultCodec
 from aiokv.caching.entry import Entry, Freshness, pack, unpack
 from aiokv.caching.flight import Flight, Outcome, active_flights
 from aiokv.caching.keys import KeyMaker
 from aiokv.caching.near import Slot
 from aiokv.caching.options import CacheEvent, CacheOptions, EventKind, Ttl
-from aiokv.caching.patience import Patience
-from aiokv.errors import AioKVError, ValueTooLargeError
-from aiokv.store import AsyncKVStore, default_store
+from aiokv.caching.state import Call, LoopState, LoopStates, StoreState
+from aiokv.errors import ValueTooLargeError
+from aiokv.store import AsyncKVStore, default_store, watch_default_store
 
 R = TypeVar("R")
 
@@ -36,7 +36,7 @@ _PROBE_KEY = "aiokv-probe"
 _MAX_REMEMBERED_SLOTS = 4_096
 _MAX_REMEMBERED_CHARS = 512
 
-MISSED = object()
+MISSED: Any = object()
 
 # Tells caches apart for as long as the process lives, which an address does not.
 _scopes = itertools.count()
@@ -88,42 +88,6 @@ class CacheInfo(NamedTuple):
     seconds_saved: float = 0.0
 
 
-class StoreState:
-    """What is under way in one event loop with one store."""
-
-    def __init__(self, breaker: Breaker) -> None:
-        self.breaker = breaker
-        self.flights: dict[str, Flight] = {}
-        # Computations behind callers, which nobody waits for as long as there is something to serve.
-        self.behind: dict[str, Flight] = {}
-        # Computations of several keys at once, which nobody joins.
-        self.apart: set[Flight] = set()
-        # The last write of each key: the next one, or a delete, comes after it.
-        self.writing: dict[str, asyncio.Task[None]] = {}
-        # How many in a row took longer than a caller waits.
-        self.slow_writes = 0
-
-
-class LoopState:
-    """What belongs to one event loop: background tasks, and what is under way with each store."""
-
-    def __init__(self, read_timeout: float) -> None:
-        self.patience = Patience(read_timeout)
-        self.background: set[asyncio.Task[Any]] = set()
-        self.stores: weakref.WeakKeyDictionary[AsyncKVStore, StoreState] = weakref.WeakKeyDictionary()
-
-
-class Call(NamedTuple):
-    """One call of a cached function, with what it needs of its surroundings."""
-
-    key: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    store: AsyncKVStore
-    loop_state: LoopState
-    state: StoreState
-
-
 class Found(NamedTuple):
     """A stored result: its entry, its JSON, and one decoded copy."""
 
@@ -164,16 +128,29 @@ class Cache(Generic[R]):
         # Near slots by the plain arguments of the calls that were served from them.
         self.near_slots: dict[tuple[object, ...], Slot] = {}
         # A near cache may serve several functions, whose stores may differ though their keys are the same.
-        has_one_store = options.store is None or isinstance(options.store, AsyncKVStore)
+        self._has_one_store = options.db_name is not None or isinstance(options.store, AsyncKVStore)
         self._scope = next(_scopes)
-        self._near_scope: Hashable = (self._scope,) if has_one_store else None
+        # Where results of the next call stand in the near cache, if that is known before it is made.
+        self._near_scope: Hashable = (self._scope,) if self._has_one_store else None
         parameters = inspect.signature(function).parameters
-        self._first_parameter = next(iter(parameters), "")
-        self._first_default = parameters[self._first_parameter].default if parameters else None
-        self._store_takes_first = not has_one_store and bool(inspect.signature(cast("Any", options.store)).parameters)
-        self._states: dict[asyncio.AbstractEventLoop, LoopState] = {}
+        self.first_parameter = next(iter(parameters), "")
+        self._first_default = parameters[self.first_parameter].default if parameters else None
+        self._store_takes_first = _takes_instance(options.store)
+        self._states = LoopStates(options.read_timeout)
         # Of the last call, which most likely is that of the next; one attribute, since loops of several threads change it.
         self._here: tuple[asyncio.AbstractEventLoop, LoopState, AsyncKVStore, StoreState] | None = None
+        if options.store is None and options.db_name is None:
+            watch_default_store(self)
+
+    def default_store_changed(self, store: AsyncKVStore | None) -> None:
+        """Serve nothing from the near cache that came from another default store.
+
+        Args:
+            store: The default store from now on, or None where that is yet to be made.
+        """
+        # In this order: who remembers a slot looks at the scope after that.
+        self._near_scope = None if store is None else (self._scope, store)
+        self.near_slots.clear()
 
     async def get(  # noqa: C901 (each step once, in order)
         self, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode | None = None
@@ -194,29 +171,32 @@ class Cache(Generic[R]):
         key = self.keys(args, kwargs)
         near = self.options.near
         if near is not None and mode == "use":
-            slot = near.slots.get((self._near_scope or self._near_scope_of(args, kwargs), key))
+            scope = self._near_scope or self._near_scope_of(args, kwargs)
+            slot = near.slots.get((scope, key))
             if slot is not None and (result := self.near_hit(slot, key)) is not MISSED:
-                self._remember_slot(slot, args, kwargs)
-                return cast("R", result)
+                self._remember_slot(slot, scope, args, kwargs)
+                return result
         call = self.call(key, args, kwargs)
         flights = call.state.flights
         while True:
             flight = flights.get(key)
-            if flight is None:
+            # Another loop has discarded it, which cannot take it off the map.
+            if flight is None or flight.discarded:
                 flight = Flight(flights, key)
-                if mode == "use":
-                    # This task leads: it reads the store itself, which costs least where there is something to serve.
-                    try:
+                try:
+                    if mode == "use":
+                        # This task leads: it reads the store itself, which costs least where there is something to serve.
                         found, store_failed = await self.read(call)
                         if found is not None and self._serves(call, flight, found):
                             flight.end(Outcome(found.payload))
-                            return cast("R", found.value)
-                    except BaseException as error:
-                        flight.fail(error)
-                        raise
-                    flight = self._begin(call, flight, found, store_failed=store_failed)
-                else:
-                    self._begin_refresh(call, flight)
+                            value: R = found.value
+                            return value
+                        flight = self._begin(call, flight, found, store_failed=store_failed)
+                    else:
+                        self._begin_refresh(call, flight)
+                except BaseException as error:
+                    flight.fail(error)
+                    raise
             elif mode == "refresh" and not flight.refreshes and not flight.waits_for_this_code():
                 # It may serve what is stored, or store what is older than this moment.
                 flight.discarded = True
@@ -227,9 +207,9 @@ class Cache(Generic[R]):
                 return await self.function(*args, **kwargs)
             outcome = await flight.join()
             if outcome is not None:
-                return self.own_copy(outcome)
+                return self.own_copy(outcome, is_shared=flight.has_waiters)
 
-    def near_hit(self, slot: Slot, key: str = "") -> Any:
+    def near_hit(self, slot: Slot, key: str = "") -> R:
         """Serve what the near cache has, if it still may.
 
         Args:
@@ -241,17 +221,18 @@ class Cache(Generic[R]):
         """
         # In this order: another thread may be letting go of the slot.
         payload, value = slot.payload, slot.value
-        if self.clock() >= slot.until:
-            return MISSED
-        slot.visited = True
-        self.counts["near_hits"] += 1
-        if self._observed:
-            self.tell("near_hit", key)
-        return value if payload is None else self.results.loads(payload)
+        result: R = MISSED
+        if self.clock() < slot.until:
+            slot.visited = True
+            self.counts["near_hits"] += 1
+            if self._observed:
+                self.tell("near_hit", key)
+            result = value if payload is None else self.results.loads(payload)
+        return result
 
-    def _remember_slot(self, slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _remember_slot(self, slot: Slot, scope: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # An observer is told the key, and a store of the call's own is part of the place in the near cache.
-        if self._near_scope is None or self.options.observer is not None:
+        if self._near_scope is None or self._observed:
             return
         call = self.keys.plain_call(args, kwargs)
         # Long arguments would be kept here beside the near cache's own bound.
@@ -259,10 +240,27 @@ class Cache(Generic[R]):
             if len(self.near_slots) >= _MAX_REMEMBERED_SLOTS:
                 self.near_slots.clear()
             self.near_slots[call] = slot
+            if self._near_scope != scope:
+                # Another thread has changed the default store meanwhile.
+                self.near_slots.clear()
 
-    def own_copy(self, outcome: Outcome) -> R:
-        """Make the result that one waiter gets."""
-        return cast("R", outcome.value if outcome.payload is None else self.results.load(outcome.payload))
+    def own_copy(self, outcome: Outcome, *, is_shared: bool = False) -> R:
+        """Make the result that one waiter gets.
+
+        Args:
+            outcome: What the flight brought.
+            is_shared: Whether others are yet to get it; the last one may have the original.
+
+        Returns:
+            The result, which no other caller holds, unless it can neither be written as JSON nor copied.
+        """
+        if outcome.payload is not None:
+            return cast("R", self.results.load(outcome.payload))
+        if is_shared:
+            # A class of the program's may fail in its own way.
+            with contextlib.suppress(Exception):
+                return cast("R", copy.deepcopy(outcome.value))
+        return cast("R", outcome.value)
 
     def _begin(self, call: Call, flight: Flight, found: Found | None, *, store_failed: bool) -> Flight:
         """Begin to compute what the store could not serve, unless that has begun; give the flight to wait for."""
@@ -280,6 +278,7 @@ class Cache(Generic[R]):
         if (behind := call.state.behind.get(call.key)) is not None:
             # What began before is older than what is asked for now.
             behind.discarded = True
+        self._states.overtake_elsewhere(call)
         flight.refreshes = True
         flight.compute(self._compute(call, flight, None))
 
@@ -294,8 +293,8 @@ class Cache(Generic[R]):
             self._refresh_behind(call, entry)
         else:
             self.count("hits", "hit", call.key)
-            if self.options.near is not None and not flight.discarded:
-                self.keep_near(call, found.payload, found.value, entry.fresh_until)
+            if self.options.near is not None:
+                self.keep_near(call, flight, found.payload, found.value, entry.fresh_until)
             early = self.options.early
             if early and entry.may_be_due_early(now, early):
                 chance = 1.0 - random.random()  # noqa: S311 (spreads work, guards nothing)
@@ -320,9 +319,11 @@ class Cache(Generic[R]):
                 pending = call.state.writing.get(call.key)
                 if pending is not None:
                     # What is being written or deleted comes before what is read.
-                    await asyncio.wait([pending])
+                    await asyncio.wait([pending.task])
                 text = await call.store.get(call.key)
-        except (AioKVError, TimeoutError, OSError) as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if is_cancelled(error):
+                raise
             self.store_failed(call, error)
             return None, True
         call.state.breaker.succeeded()
@@ -343,7 +344,7 @@ class Cache(Generic[R]):
         if not state.breaker.open:
             return False
         if self.options.on_store_error == "raise" and state.breaker.error is not None:
-            raise copy.copy(state.breaker.error)
+            raise without_traceback(state.breaker.error)
         return True
 
     def found(self, key: str, text: str | None) -> Found | None:
@@ -371,6 +372,7 @@ class Cache(Generic[R]):
     async def _compute(self, call: Call, flight: Flight, stale: Found | None, *, skip_write: bool = False) -> Outcome:
         # Those that have landed hold nobody up, though a task that one of them left behind still knows of them.
         active_flights.set((*(one for one in active_flights.get() if one.task is not None and not one.task.done()), flight))
+        self.results.resolve()
         started, timer = self.clock(), time.perf_counter()
         try:
             result = await self.function(*call.args, **call.kwargs)
@@ -406,6 +408,8 @@ class Cache(Generic[R]):
         fresh_seconds = self.options.ttl_of(result)
         if fresh_seconds is None:
             self.tell("not_stored", key)
+            if flight.refreshes:
+                await self._remove(call)
             try:
                 # For each waiter a copy of its own, where that can be had.
                 return Outcome(self.results.to_json(result))
@@ -414,73 +418,95 @@ class Cache(Generic[R]):
         payload, applied = self.results.encode(result, key)
         json = self.results.undo(payload, applied, key)
         if flight.discarded:
+            if flight.overtaken and flight.refreshes:
+                await self._remove(call)
             return Outcome(json)
         fresh_seconds *= 1.0 - self.options.jitter * random.random()  # noqa: S311 (spreads expiries, guards nothing)
         entry = Entry(payload, applied, started, started + fresh_seconds, seconds)
-        self.keep_near(call, json, result, entry.fresh_until)
-        loaded = len(call.loop_state.background) >= MAX_BACKGROUND_TASKS and call.state.slow_writes >= FAILURES_TO_OPEN
-        if not skip_write and not loaded and not self.passes_by(call.state):
-            text, ttl_seconds = pack(key, entry), self.options.kept_seconds(fresh_seconds)
-            writing = self._in_order(call, lambda: self._write(call, text, ttl_seconds))
-            # After a few slow writes in a row nobody waits for one, until one has landed in time.
-            if self.options.write == "await" and call.state.slow_writes < FAILURES_TO_OPEN:
-                # No longer than a read may take: a slow store goes on behind the caller's back.
-                done, _ = await asyncio.wait([writing], timeout=self.options.read_timeout)
-                if done:
-                    writing.result()
-                else:
-                    call.state.slow_writes += 1
-                    self.store_failed(call, TimeoutError())
+        self.keep_near(call, flight, json, result, entry.fresh_until)
+        if not skip_write and not self.passes_by(call.state):
+            await self._store_result(call, flight, entry, fresh_seconds)
+        if flight.refreshes:
+            # What read meanwhile may have found what was there before.
+            self._states.overtake_elsewhere(call)
+            self.keep_near(call, flight, json, result, entry.fresh_until)
         return Outcome(json)
 
-    async def _write(self, call: Call, text: str, ttl_seconds: int) -> None:
+    async def _store_result(self, call: Call, flight: Flight, entry: Entry, fresh_seconds: float) -> None:
+        """Write a result, and wait for that where the caller is to."""
+        state = call.state
+        if len(call.loop_state.background) >= MAX_BACKGROUND_TASKS and state.slow_writes >= FAILURES_TO_OPEN:
+            return
+        if flight.refreshes and (writes := self._states.writes_elsewhere(call)):
+            # What is older is not to land after this.
+            await asyncio.wait(writes, timeout=self.options.read_timeout)
+        text, ttl_seconds = pack(call.key, entry), self.options.kept_seconds(fresh_seconds)
+        writing = call.in_order(flight, lambda: self._write(call, flight, text, ttl_seconds))
+        # After a few slow writes in a row nobody waits for one, until one has landed in time.
+        if self.options.write == "await" and state.slow_writes < FAILURES_TO_OPEN:
+            # No longer than a read may take: a slow store goes on behind the caller's back.
+            done, _ = await asyncio.wait([writing], timeout=self.options.read_timeout)
+            if not done:
+                state.slow_writes += 1
+                self.store_failed(call, TimeoutError())
+            elif not writing.cancelled():
+                writing.result()
+
+    async def _remove(self, call: Call) -> None:
+        """Leave nothing older in the store of a result that was asked for anew and is not stored."""
+        if self.options.near is not None:
+            self.options.near.drop(self.near_key(call))
+        if self.passes_by(call.state):
+            return
+        removing = call.in_order(None, lambda: self._delete(call))
+        done, _ = await asyncio.wait([removing], timeout=self.options.read_timeout)
+        error = TimeoutError() if not done else None if removing.cancelled() else removing.exception()
+        if error is not None:
+            self.store_failed(call, error)
+
+    async def _write(self, call: Call, flight: Flight, text: str, ttl_seconds: int) -> None:
         started = time.monotonic()
+        oversize: ValueTooLargeError | None = None
         try:
-            await call.store.set(call.key, text, ttl_seconds)
-        except ValueTooLargeError:
-            self.tell("not_stored", call.key)
-            if self.options.on_oversize == "raise":
+            try:
+                if not flight.overtaken:
+                    await call.store.set(call.key, text, ttl_seconds)
+            except ValueTooLargeError as error:
+                oversize = error
+                self.tell("not_stored", call.key)
+            if flight.overtaken or (oversize is not None and flight.refreshes):
+                # It may have landed after what overtook it, or what is there is older than what its caller gets.
+                await call.store.delete(call.key)
+        except (Exception, asyncio.CancelledError) as error:
+            if is_cancelled(error):
                 raise
-            logger.warning("a result of %s is too large to be stored; compress it with codec=Zstd()", self.keys.prefix)
-        except (AioKVError, TimeoutError, OSError) as error:
             self.store_failed(call, error)
         else:
             call.state.breaker.succeeded()
             if time.monotonic() - started < self.options.read_timeout:
                 call.state.slow_writes = 0
+        if oversize is None:
+            return
+        if self.options.on_oversize == "raise":
+            raise oversize
+        logger.warning("a result of %s is too large to be stored; compress it with codec=Zstd()", self.keys.prefix)
 
-    def _in_order(self, call: Call, work: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
-        """Write or delete once what was written before under the same key has landed, or it might land afterwards."""
-        writing, key = call.state.writing, call.key
-        previous = writing.get(key)
-
-        async def after_the_previous() -> None:
-            if previous is not None:
-                await asyncio.wait([previous])
-            await work()
-
-        def forget(task: "asyncio.Task[None]") -> None:
-            if writing.get(key) is task:
-                del writing[key]
-
-        task = writing[key] = self.in_background(call.loop_state, after_the_previous())
-        task.add_done_callback(forget)
-        return task
+    async def _delete(self, call: Call) -> None:
+        await call.store.delete(call.key)
 
     def _refresh_behind(self, call: Call, seen: Entry) -> None:
         if call.key not in call.state.behind and len(call.loop_state.background) < MAX_BACKGROUND_TASKS:
             flight = Flight(call.state.behind, call.key)
-            task = self.in_background(call.loop_state, self._refresh(call, flight, seen))
+            task = call.loop_state.in_background(self._refresh(call, flight, seen))
             task.add_done_callback(lambda _: flight.leave_map())
 
     async def _refresh(self, call: Call, flight: Flight, seen: Entry) -> None:
         """Compute a call anew, unless another process has been faster or is at it: looking costs less than computing."""
         found, store_failed = await self.read(call)
         if found is not None and found.entry.started > seen.started:
-            if not flight.discarded:
-                self.keep_near(call, found.payload, found.value, found.entry.fresh_until)
+            self.keep_near(call, flight, found.payload, found.value, found.entry.fresh_until)
             return
-        if not store_failed and not await self._claimed(call, seen.compute_seconds):
+        if not store_failed and not await self.claimed(call, seen.compute_seconds):
             # Until that one is likely to be done, there is no use in asking again.
             await asyncio.sleep(min(seen.compute_seconds, 1.0))
             return
@@ -494,11 +520,18 @@ class Cache(Generic[R]):
         except Exception as error:  # noqa: BLE001 (the caller has its answer; the function's own errors may say anything)
             logger.debug("computing %s anew behind a caller failed: %s", call.key, type(error).__name__)
 
-    async def _claimed(self, call: Call, compute_seconds: float) -> bool:
+    async def claimed(self, call: Call, compute_seconds: float) -> bool:
         """Tell other processes that this one computes, and say whether none has said so before.
 
         A hint, which nobody waits for and nothing relies on: without an atomic operation two may go ahead, and a claim whose
         owner has died is void after twice the time that the last computation took. Either costs one computation too many.
+
+        Args:
+            call: The call.
+            compute_seconds: How long its last computation took.
+
+        Returns:
+            Whether to go ahead.
         """
         name = call.key + _CLAIM_SUFFIX
         own = f"{random.getrandbits(64):x}"
@@ -510,8 +543,27 @@ class Cache(Generic[R]):
                 await call.store.set(name, f"{own} {self.clock()}", _CLAIM_TTL_SECONDS)
                 # Of several that came at once, the last to write goes ahead.
                 return (await call.store.get(name) or own).startswith(own)
-        except (AioKVError, TimeoutError, OSError, ValueError):
+        except Exception:  # noqa: BLE001 (whatever it is, the store is no help)
             return True
+
+    async def prime(self, call: Call, value: R) -> None:
+        """Store a result that was had elsewhere; what is under way is older, and is not to come after it.
+
+        Args:
+            call: The call that it is the result of.
+            value: The result.
+
+        Raises:
+            TypeError: The value would come back changed.
+        """
+        if self.options.ttl_of(value) is not None:
+            # What cannot be stored is to leave everything as it is.
+            self.results.to_json(value)
+        self.forget(call)
+        # Off the map: nobody waits for it.
+        flight = Flight({}, call.key)
+        flight.refreshes = True
+        await self.keep(call, flight, value, self.clock(), 0.0)
 
     async def invalidate(self, call: Call) -> None:
         """Forget a call's result everywhere that can be reached; a computation under way is not stored.
@@ -523,28 +575,36 @@ class Cache(Generic[R]):
             CallError: The store could not be reached.
         """
         self.forget(call)
-        deleting = self._in_order(call, lambda: call.store.delete(call.key))
+        writes = self._states.writes_elsewhere(call)
+
+        async def delete() -> None:
+            if writes:
+                await asyncio.wait(writes, timeout=self.options.read_timeout)
+            await self._delete(call)
+
         # Shielded: what was asked for is done, whether or not the caller stays.
-        await asyncio.shield(deleting)
+        await asyncio.shield(call.in_order(None, delete))
         # What began meanwhile may have read what was there before.
         self.forget(call)
 
     def forget(self, call: Call) -> None:
-        """Keep what is under way for a call from being stored, from being joined, and from the near cache.
+        """Keep what is under way for a call in this process from being stored, from being joined, and from the near cache.
 
         Args:
             call: The call.
         """
-        for flights in (call.state.flights, call.state.behind):
-            flight = flights.get(call.key)
-            if flight is not None:
-                flight.discarded = True
-                flight.leave_map()
-        for flight in call.state.apart:
-            if flight.key == call.key:
-                flight.discarded = True
+        self.overtake(call)
         if self.options.near is not None:
             self.options.near.drop(self.near_key(call))
+
+    def overtake(self, call: Call) -> None:
+        """Keep what is under way for a call in this process from being stored, and from being joined.
+
+        Args:
+            call: The call.
+        """
+        call.state.discard(call.key)
+        self._states.overtake_elsewhere(call)
 
     def call(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Gather what a call needs of the running loop and its store.
@@ -560,21 +620,12 @@ class Cache(Generic[R]):
         store = self._store(args, kwargs)
         here = self._here
         if here is None or here[0] is not asyncio.get_running_loop() or here[2] is not store:
-            loop_state = self._loop_state()
+            loop_state = self._states.here()
             state = loop_state.stores.get(store)
             if state is None:
                 state = loop_state.stores[store] = StoreState(Breaker(self._probe_of(store)))
             here = self._here = (asyncio.get_running_loop(), loop_state, store, state)
         return Call(key, args, kwargs, store, here[1], here[3])
-
-    def _loop_state(self) -> LoopState:
-        loop = asyncio.get_running_loop()
-        state = self._states.get(loop)
-        if state is None:
-            for old in [old for old in list(self._states) if old.is_closed()]:
-                self._states.pop(old, None)
-            state = self._states.setdefault(loop, LoopState(self.options.read_timeout))
-        return state
 
     def _store(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncKVStore:
         store = self.options.store
@@ -594,7 +645,7 @@ class Cache(Generic[R]):
         if not self._store_takes_first:
             return function()
         # A method's instance may be passed by name, too.
-        return function(args[0] if args else kwargs.get(self._first_parameter, self._first_default))
+        return function(args[0] if args else kwargs.get(self.first_parameter, self._first_default))
 
     def _probe_of(self, store: AsyncKVStore) -> Callable[[], Coroutine[Any, Any, object]]:
         # Not the store itself, which the breakers' dictionary holds weakly.
@@ -609,20 +660,19 @@ class Cache(Generic[R]):
 
         return probe
 
-    def keep_near(self, call: Call, payload: bytes | str, value: object, fresh_until: float) -> None:
-        """Put a result into the near cache, if there is one."""
+    def keep_near(self, call: Call, flight: Flight, payload: bytes | str, value: object, fresh_until: float) -> None:
+        """Put a result into the near cache, if there is one, unless what brought it has been discarded."""
         near = self.options.near
         if near is not None:
-            near.put(self.near_key(call), payload, value, min(self.clock() + near.ttl_seconds, fresh_until))
+            near.put(self.near_key(call), payload, value, min(self.clock() + near.ttl_seconds, fresh_until), flight)
 
     def near_key(self, call: Call) -> Hashable:
         """Say under what a call's result stands in the near cache."""
-        return (self._near_scope or self._near_scope_of(call.args, call.kwargs), call.key)
+        return (self._near_scope if self._has_one_store else (self._scope, call.store), call.key)
 
     def _near_scope_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         # Where the store is a function's, each instance may have its own, with other results under the same key.
-        store = self._store(args, kwargs)
-        return (self._scope, store)
+        return (self._scope, self._store(args, kwargs))
 
     def store_failed(self, call: Call, error: BaseException) -> None:
         """Count a failure of the store, and raise it where that was asked for."""
@@ -631,16 +681,9 @@ class Cache(Generic[R]):
         if self.options.on_store_error == "raise":
             raise error
 
-    def in_background(self, state: LoopState, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Run work behind the caller, held until it is done."""
-        task = asyncio.create_task(work)
-        state.background.add(task)
-        task.add_done_callback(state.background.discard)
-        task.add_done_callback(_retrieve)
-        return task
-
     def count(self, count: str, kind: EventKind, key: str, seconds: float = 0.0) -> None:
         """Count an event, and tell it."""
+        # Exact in several threads, too: an item of a dictionary that is added to in place gives no other thread a turn.
         self.counts[count] += 1
         if self.options.observer is not None:
             self.tell(kind, key, seconds)
@@ -665,7 +708,7 @@ class Cache(Generic[R]):
 
     async def aclose(self) -> None:
         """Finish what was begun behind callers in this loop, within the time that a read may take, and cancel the rest."""
-        state = self._loop_state()
+        state = self._states.here()
         deadline = time.monotonic() + self.options.read_timeout
         # Round by round: what is computed is written after that.
         while state.background and (left := deadline - time.monotonic()) > 0:
@@ -678,10 +721,17 @@ class Cache(Generic[R]):
             await store_state.breaker.aclose()
 
 
-def _retrieve(task: "asyncio.Task[Any]") -> None:
-    # Whoever waited has its error; where nobody did, it was counted and told.
-    if not task.cancelled():
-        task.exception()
+def _takes_instance(function: object) -> bool:
+    """Say whether a function that gives a store is to be called with the method's instance: where it cannot do without."""
+    if function is None or isinstance(function, AsyncKVStore):
+        return False
+    try:
+        parameters = inspect.signature(cast("Callable[..., object]", function)).parameters.values()
+    except ValueError:
+        # Such as operator.attrgetter("kv"), which says nothing of what it takes.
+        return True
+    positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    return any(one.kind in positional and one.default is one.empty for one in parameters)
 
 
 def _as_seconds(value: Ttl) -> float:

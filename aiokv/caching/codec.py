@@ -1,6 +1,7 @@
 """From a result to text and back: what a hit returns equals what the miss returned, or it is not stored. Pure."""
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -23,6 +24,7 @@ _SCHEMA_BYTES = 4
 _NONCE_BYTES = 12
 _MAX_PATH_CHARS = 200
 _KEY_BYTES = 32
+_ATOMS = frozenset({str, int, float, bool, type(None), bytes})
 
 
 class Codec(Protocol):
@@ -191,6 +193,9 @@ class ResultCodec:
         self._schema = ""
         # Decodes without asking whether it is known yet how: for what this codec has made or read before.
         self.loads: Callable[[bytes | str], Any] = self.load
+        # What an annotation refers to may be defined later in its module: then at the first call.
+        with contextlib.suppress(NameError, AttributeError):
+            self._resolve()
 
     def encode(self, result: object, key: str) -> tuple[str, str]:
         """Make a result's text.
@@ -227,7 +232,7 @@ class ResultCodec:
         Raises:
             TypeError: The result would come back changed; the message says how to mend that.
         """
-        self._resolve()
+        self.resolve()
         return self._dump(result)
 
     def decode(self, payload: str, applied: str, key: str) -> Any:
@@ -244,7 +249,7 @@ class ResultCodec:
         Raises:
             ValueError: The text is not of this function's results, as these are today.
         """
-        self._resolve()
+        self.resolve()
         return self._load(self.undo(payload, applied, key))
 
     def undo(self, payload: str, applied: str, key: str) -> bytes | str:
@@ -261,7 +266,7 @@ class ResultCodec:
         Raises:
             ValueError: A step is not known here, a required one is missing, or the data do not fit.
         """
-        self._resolve()
+        self.resolve()
         if not self._steps and applied == self._schema:
             return payload
         # What a function returned before its annotation was changed is not what it returns.
@@ -291,27 +296,32 @@ class ResultCodec:
         Raises:
             ValueError: The JSON is not of this function's results.
         """
-        self._resolve()
+        self.resolve()
         return self._load(text)
 
-    def _resolve(self) -> None:
-        """Find out what the function returns, at its first result: by then, what annotations refer to is defined."""
+    def resolve(self) -> None:
+        """Find out what the function returns, unless that is known; at the latest before it is run for the first time.
+
+        Raises:
+            TypeError: Its return annotation cannot be resolved or decoded to; the message says how to mend that.
+        """
         if self._resolved:
             return
-        returns = self._returns
-        if returns is None:
-            try:
-                returns = self._part(_return_annotation(self._function))
-            except NameError as error:
-                raise TypeError(
-                    f"{self._name}: the return annotation cannot be resolved ({error}); import what it names, or pass returns="
-                ) from None
-        if not _is_json_native_type(returns):
-            self._adapter = _type_adapter(returns, self._name)
+        try:
+            self._resolve()
+        except NameError as error:
+            raise TypeError(
+                f"{self._name}: the return annotation cannot be resolved ({error}); import what it names, or pass returns="
+            ) from None
+
+    def _resolve(self) -> None:
+        returns = self._part(_return_annotation(self._function)) if self._returns is None else self._returns
+        adapter = None if _is_json_native_type(returns) else _type_adapter(returns, self._name)
         if returns is not Any:
             mark = hashlib.blake2b(_type_text(returns).encode(), digest_size=_SCHEMA_BYTES).hexdigest()
             self._schema = f"@{mark}"
-        self.loads = orjson.loads if self._adapter is None else self._adapter.validate_json
+        self._adapter = adapter
+        self.loads = orjson.loads if adapter is None else adapter.validate_json
         self._resolved = True
 
     def _dump(self, result: object) -> bytes:
@@ -333,9 +343,12 @@ class ResultCodec:
             # Not chained: pydantic's errors quote the value.
             reason = type(error).__name__
         else:
-            if type(back) is type(result) and _same(back, result):
+            if not (type(back) is type(result) and _same(back, result)):
+                reason = "it comes back as another value"
+            elif not _same_types(back, result):
+                reason = "a part of it comes back as another type"
+            else:
                 return data
-            reason = "it comes back as another value"
         raise TypeError(
             f"{self._name}: its result of type {type(result).__name__} does not survive the way through JSON as the annotated "
             f"type ({reason}); make the return annotation say exactly what is returned, or pass returns="
@@ -374,6 +387,31 @@ def _same(back: Any, result: Any) -> bool:  # noqa: PLR0911 (one for each kind)
             _same(getattr(back, field.name, None), getattr(result, field.name, None)) for field in dataclasses.fields(back)
         )
     return False
+
+
+def _same_types(back: Any, result: Any) -> bool:  # noqa: PLR0911 (one for each kind)
+    """Say whether the parts of two equal values are of the same types: True equals 1, and a str that is an enum its text."""
+    kind = type(back)
+    if kind is not type(result):
+        # What is annotated as float may be an int, by the language's own rules.
+        return kind is float and type(result) is int
+    if kind in _ATOMS:
+        return True
+    if isinstance(back, list | tuple):
+        return all(map(_same_types, back, result))
+    if isinstance(back, dict):
+        keys = {key: key for key in result}
+        return all(_same_types(key, keys.get(key)) and _same_types(item, result.get(key)) for key, item in back.items())
+    if isinstance(back, set | frozenset):
+        items = {item: item for item in result}
+        return all(_same_types(item, items[item]) for item in back if item in items)
+    if hasattr(kind, "__pydantic_fields__"):
+        parts = ("__dict__", "__pydantic_extra__", "__pydantic_private__")
+        return all(_same_types(getattr(back, part, None), getattr(result, part, None)) for part in parts)
+    if dataclasses.is_dataclass(back):
+        names = [field.name for field in dataclasses.fields(back) if field.compare]
+        return all(_same_types(getattr(back, name, None), getattr(result, name, None)) for name in names)
+    return True
 
 
 def _return_annotation(function: Callable[..., object]) -> Any:
@@ -415,15 +453,21 @@ def _type_adapter(returns: Any, name: str) -> Any:
     config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="strings")
     try:
         try:
-            return TypeAdapter(returns, config=config)
+            adapter = TypeAdapter(returns, config=config)
         except PydanticUserError as error:
             if error.code != "type-adapter-config-unused":
                 raise
             # A model, dataclass or TypedDict brings a configuration of its own.
-            return TypeAdapter(returns)
+            adapter = TypeAdapter(returns)
+        if not adapter.pydantic_complete:
+            # A NameError, where a field names a class that is not defined yet.
+            adapter.rebuild(raise_errors=True)
     except PydanticUserError as error:
+        if error.code == "class-not-fully-defined":
+            raise NameError(f"a field of {_type_name(returns)} names what is not defined") from None
         hint = "take TypedDict from typing_extensions" if error.code == "typed-dict-version" else "pass returns="
         raise TypeError(f"{name}: results of type {_type_name(returns)} cannot be decoded; {hint}") from error
+    return adapter
 
 
 def _type_text(returns: Any) -> str:

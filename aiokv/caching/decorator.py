@@ -1,18 +1,17 @@
 """`kv_cached`: share the results of a coroutine function through a store."""
 
-import asyncio
-import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from types import EllipsisType
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
-from aiokv.caching.cache import MISSED, Cache, CacheInfo, Call, cache_mode
+from aiokv.caching.binding import CachedCallable
+from aiokv.caching.cache import MISSED, Cache, cache_mode
 from aiokv.caching.codec import Codec, ResultCodec
-from aiokv.caching.flight import Flight
 from aiokv.caching.keys import KeyMaker
 from aiokv.caching.near import NearCache
 from aiokv.caching.options import CacheEvent, CacheOptions, Ttl
+from aiokv.caching.state import Call
 from aiokv.store import AsyncKVStore
 
 P = ParamSpec("P")
@@ -37,29 +36,25 @@ class Peeked(NamedTuple, Generic[R]):
     fresh: bool
 
 
-class CachedFunction(Generic[P, R]):
+class CachedFunction(CachedCallable[R], Generic[P, R]):
     """A coroutine function whose results are shared through a store; made by `kv_cached`."""
 
-    # The function's own attributes are in the dictionary; what each call needs is found faster outside it.
-    __slots__ = ("__dict__", "__weakref__", "_bound", "_cache", "_near_slots", "_quick")
+    __slots__ = ("_near_slots", "_quick")
 
-    def __init__(self, cache: Cache[R], bound: tuple[Any, ...] = ()) -> None:
-        # First, since it copies the function's own attributes, those of a cached function among them.
-        functools.update_wrapper(self, cache.function)
-        self._cache = cache
-        self._bound = bound
+    decorator_name = "kv_cached"
+
+    def __init__(self, cache: Cache[R]) -> None:
+        super().__init__(cache)
         # Each is made once, and only ever changed in place.
         self._near_slots = cache.near_slots
         self._quick = cache.keys.quick
-        # What asyncio.iscoroutinefunction asks for in Python 3.11; inspect's own mark came with 3.12.
-        self._is_coroutine_marker = getattr(asyncio.coroutines, "_is_coroutine", None)
-        mark = getattr(inspect, "markcoroutinefunction", None)
-        if mark is not None:
-            mark(self)
 
-    @property
-    def _is_coroutine(self) -> object:
-        return self._is_coroutine_marker
+    def bound_to(self, instance: object) -> Self:
+        """Bind; see `CachedCallable.bound_to`."""
+        bound = super().bound_to(instance)
+        bound._near_slots = self._near_slots  # noqa: SLF001 (of this class)
+        bound._quick = self._quick  # noqa: SLF001 (likewise)
+        return bound
 
     async def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Give the result of a call, cached or computed."""
@@ -72,7 +67,7 @@ class CachedFunction(Generic[P, R]):
                 # An argument is not hashable, or the arguments do not fit: the long way knows.
                 slot = None
             if slot is not None and _mode() == "use" and (result := self._cache.near_hit(slot)) is not MISSED:
-                return cast("R", result)
+                return result
         return await self._cache.get(arguments, kwargs)
 
     @overload
@@ -83,18 +78,13 @@ class CachedFunction(Generic[P, R]):
         self: "CachedFunction[Concatenate[S, P2], R]", instance: S, owner: type | None = None
     ) -> "CachedFunction[P2, R]": ...
 
+    # A static method, whose first parameter takes no instance.
+    @overload
+    def __get__(self, instance: object, owner: type | None = None) -> Self: ...
+
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """Bind to an instance, as a function in a class does."""
-        return self if instance is None else CachedFunction(self._cache, (*self._bound, instance))
-
-    def __reduce__(self) -> Any:
-        # By name, as functions are pickled: in the other process it is decorated there.
-        if self._bound:
-            return getattr, (self._bound[0], self._cache.function.__name__)
-        return self._cache.function.__qualname__
-
-    def __repr__(self) -> str:
-        return f"<kv_cached {self._cache.keys.prefix}>"
+        return self if instance is None else self.bound_to(instance)
 
     def key(self, /, *args: P.args, **kwargs: P.kwargs) -> str:
         """Say under what key a call's result is stored.
@@ -105,6 +95,7 @@ class CachedFunction(Generic[P, R]):
         Raises:
             TypeError: The arguments do not fit, or one of them cannot be part of a key.
         """
+        self._check_binding()
         return self._cache.keys(self._bound + args, kwargs)
 
     async def peek(self, /, *args: P.args, **kwargs: P.kwargs) -> Peeked[R] | None:
@@ -126,6 +117,7 @@ class CachedFunction(Generic[P, R]):
         Returns:
             The new result.
         """
+        self._check_binding()
         return await self._cache.get((*self._bound, *args), kwargs, "refresh")
 
     async def prime(self, value: R, /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -139,14 +131,10 @@ class CachedFunction(Generic[P, R]):
         Raises:
             TypeError: The value would come back changed.
         """
-        call = self._call(args, kwargs)
-        # What is under way is older, and is not to come after this.
-        self._cache.forget(call)
-        # Off the map: nobody waits for it.
-        await self._cache.keep(call, Flight({}, call.key), value, self._cache.clock(), 0.0)
+        await self._cache.prime(self._call(args, kwargs), value)
 
     async def invalidate(self, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Forget the result of a call, in the store and here; a computation under way in this event loop is not stored.
+        """Forget the result of a call, in the store and here; a computation under way in this process is not stored.
 
         Raises:
             CallError: The store could not be reached, and may still serve the result.
@@ -154,39 +142,31 @@ class CachedFunction(Generic[P, R]):
         await self._cache.invalidate(self._call(args, kwargs))
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        self._check_binding()
         arguments = self._bound + args
         return self._cache.call(self._cache.keys(arguments, kwargs), arguments, kwargs)
-
-    def info(self) -> CacheInfo:
-        """Say what has been served, computed and saved in this process.
-
-        Returns:
-            The counts of all calls so far.
-        """
-        return self._cache.info()
-
-    async def aclose(self) -> None:
-        """Finish or cancel what this function still does behind its callers in the running loop."""
-        await self._cache.aclose()
 
 
 class CachedClassMethod(Generic[P, R]):
     """A cached class method; asked of a class or an instance, it gives a `CachedFunction` bound to the class."""
 
-    def __init__(self, cache: Cache[R]) -> None:
-        self._cache = cache
+    def __init__(self, cached: CachedFunction[..., R]) -> None:
+        self._cached = cached
 
     def __get__(self, instance: object, owner: type) -> CachedFunction[P, R]:
         """Bind to the class that it is asked of."""
-        return CachedFunction(self._cache, (owner,))
+        return cast("CachedFunction[P, R]", self._cached.bound_to(owner))
 
     def __call__(self, owner: type, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Give the result of a call for a class."""
-        return self._cache.get((owner, *args), kwargs)
+        return self._cached(owner, *args, **kwargs)
 
 
 class Decorator(Protocol):
     """What `kv_cached` gives, as type checkers see it: a function whose first parameter is a class is a class method."""
+
+    @overload
+    def __call__(self, function: "classmethod[Any, P, Coroutine[Any, Any, R]]", /) -> CachedClassMethod[P, R]: ...
 
     @overload
     def __call__(  # pyright: ignore[reportOverlappingOverload]
@@ -253,7 +233,8 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
         observer: Is told what happens to each call.
 
     Returns:
-        A decorator for coroutine functions; in a class it stands below `@staticmethod` and `@classmethod`.
+        A decorator for coroutine functions; in a class it stands below `@staticmethod` and above `@classmethod`. mypy binds
+        a static method that is called on an instance, so call it on the class.
 
     Raises:
         TypeError: What is decorated is no coroutine function, or an option is of another type.
@@ -283,7 +264,8 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
         check_coroutine_function(function)
         keys = KeyMaker(function, prefix=prefix, version=version, ignore=ignore, key=key, vary=vary)
         cache: Cache[Any] = Cache(function, keys, ResultCodec(function, returns, codec), options)
-        return CachedClassMethod(cache) if isinstance(decorated, classmethod) else CachedFunction(cache)
+        cached: CachedFunction[..., Any] = CachedFunction(cache)
+        return CachedClassMethod(cached) if isinstance(decorated, classmethod) else cached
 
     return decorate
 

@@ -5,8 +5,6 @@ from collections.abc import Coroutine
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from aiokv.errors import AioKVError
-
 # The computations that this code is a part of, the innermost last.
 active_flights: "ContextVar[tuple[Flight, ...]]" = ContextVar("aiokv_active_flights", default=())
 
@@ -21,7 +19,7 @@ class Outcome(NamedTuple):
 class Flight:
     """A fetch that is under way: first a read by the task that began it, then, where that finds nothing, a computation."""
 
-    __slots__ = ("_flights", "_read", "_waiters", "_waiting_for", "discarded", "key", "refreshes", "task")
+    __slots__ = ("_flights", "_read", "_waiters", "_waiting_for", "discarded", "key", "overtaken", "refreshes", "task")
 
     def __init__(self, flights: "dict[str, Flight]", key: str) -> None:
         self._flights = flights
@@ -29,12 +27,26 @@ class Flight:
         self._waiters = 0
         self.key = key
         self.task: asyncio.Task[Outcome] | None = None
+        # Not to be joined any more, nor stored. Other threads set these two, and touch nothing else.
         self.discarded = False
+        # By another event loop, which cannot order its own writes after those of this one: they are removed again.
+        self.overtaken = False
         # Whether it was asked to compute, whatever is stored.
         self.refreshes = False
         # The flights that this one's computation waits for at the moment.
         self._waiting_for: set[Flight] | None = None
         flights[key] = self
+
+    @property
+    def has_waiters(self) -> bool:
+        """Whether somebody still has to take the outcome."""
+        return self._waiters > 0
+
+    def overtake(self) -> None:
+        """Keep this flight, which may be another thread's, from being joined and stored."""
+        # In this order: who finds it discarded is to know why.
+        self.overtaken = True
+        self.discarded = True
 
     def end(self, outcome: Outcome | None = None) -> None:
         """End the read: give its waiters what it found, or None to let them begin anew."""
@@ -44,7 +56,7 @@ class Flight:
 
     def fail(self, error: BaseException) -> None:
         """End the read with an error that is every waiter's; where its task was cancelled, they begin anew."""
-        if not isinstance(error, AioKVError | TimeoutError | OSError):
+        if not isinstance(error, Exception):
             self.end()
             return
         self.leave_map()
@@ -106,6 +118,8 @@ class Flight:
             self._waiters -= 1
             if self._waiters == 0 and self.task is not None and not self.task.done():
                 self.leave_map()
+                # Where the function goes on in spite of that, nobody can reach what it brings.
+                self.discarded = True
                 self.task.cancel()
 
     def _landed(self, task: "asyncio.Task[Outcome]") -> None:

@@ -1,11 +1,15 @@
 """A small cache in this process, in front of the store. There is no invalidation between processes: its time bounds its age."""
 
 import math
+import os
 import sys
 import threading
+import weakref
 from collections.abc import Hashable
 from datetime import timedelta
 from typing import Any
+
+from aiokv.caching.flight import Flight
 
 # A slot's own objects: the record, its key and place in the dictionary, two numbers.
 _SLOT_BYTES = 512
@@ -19,7 +23,7 @@ class Slot:
 
     def __init__(self, payload: bytes | str | None, value: Any, until: float, size_bytes: int) -> None:
         self.payload = payload
-        self.value = value
+        self.value: Any = value
         self.until = until
         self.size_bytes = size_bytes
         self.visited = False
@@ -59,6 +63,7 @@ class NearCache:
         # Read without the lock: one look-up, which other threads cannot tear.
         self.slots: dict[Hashable, Slot] = {}
         self._lock = threading.Lock()
+        _caches.add(self)
 
     def __repr__(self) -> str:
         return f"NearCache(ttl={self.ttl_seconds:g}, max_bytes={self.max_bytes}, <{len(self.slots)} results>)"
@@ -66,7 +71,7 @@ class NearCache:
     def __reduce__(self) -> tuple[type["NearCache"], tuple[float, int]]:
         return NearCache, (self.ttl_seconds, self.max_bytes)
 
-    def put(self, key: Hashable, payload: bytes | str, value: Any, until: float) -> None:
+    def put(self, key: Hashable, payload: bytes | str, value: Any, until: float, flight: Flight | None = None) -> None:
         """Keep a result.
 
         Args:
@@ -74,11 +79,15 @@ class NearCache:
             payload: Its JSON.
             value: The decoded result, kept only where it is immutable.
             until: When it ceases to be served, by the clock that the reader uses.
+            flight: What brought it; where that has been discarded, the result is not kept.
         """
         immutable = type(value) in _IMMUTABLE_TYPES
         size_bytes = _SLOT_BYTES + sys.getsizeof(value if immutable else payload)
         slot = Slot(None if immutable else payload, value if immutable else None, until, size_bytes)
         with self._lock:
+            # Asked under the lock: who discards a flight drops its result after that.
+            if flight is not None and flight.discarded:
+                return
             self._drop(key)
             if size_bytes > self.max_bytes:
                 return
@@ -117,3 +126,22 @@ class NearCache:
         if slot is not None:
             self.size_bytes -= slot.size_bytes
             slot.forget()
+
+    def _after_fork_in_child(self) -> None:
+        torn = self._lock.locked()
+        self._lock = threading.Lock()
+        if torn:
+            # Another thread was at it, and is not here to finish.
+            self.clear()
+
+
+_caches: "weakref.WeakSet[NearCache]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for near in list(_caches):
+        near._after_fork_in_child()  # noqa: SLF001 (this module's own)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

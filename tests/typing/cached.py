@@ -29,6 +29,20 @@ class App:
     async def of_class(cls, size: int) -> float:
         return float(size)
 
+    @kv_cached(ttl=60)
+    @classmethod
+    async def of_class_below(cls, size: int) -> float:
+        return float(size)
+
+    @kv_cached_many(ttl=60)
+    async def titles(self, ids: list[int], locale: str = "en") -> dict[int, str] | None:
+        return dict.fromkeys(ids, locale)
+
+    @kv_cached_many(ttl=60)
+    @classmethod
+    async def titles_of_class(cls, ids: list[int], locale: str = "en") -> dict[int, str]:
+        return dict.fromkeys(ids, locale)
+
     @staticmethod
     @kv_cached(ttl=60)
     async def of_nobody(size: int) -> bytes:
@@ -64,7 +78,18 @@ async def methods(app: App) -> None:
     assert_type(await App.of_class(1), float)
     assert_type(await app.of_class(1), float)
     assert_type(await App.of_nobody(1), bytes)
+    # mypy binds static methods that are no plain functions, whatever their `__get__` says.
+    assert_type(await app.of_nobody(1), bytes)  # type: ignore[call-arg]
     assert_type(await App.answer(app, "why"), list[int])
+    assert_type(await App.of_class_below(1), float)
+    assert_type(await app.of_class_below(1), float)
+    assert_type(await app.titles([1], locale="no"), dict[int, str])
+    assert_type(await app.titles_of_class([1]), dict[int, str])
+    assert_type(await App.titles_of_class([1], "no"), dict[int, str])
+    await app.titles(["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    await App.of_class_below("x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await App.of_class_below.invalidate(1)
+    await App.titles_of_class.invalidate([1])
     await App.of_class.invalidate(1)
     await App.of_nobody.invalidate(1)
 
