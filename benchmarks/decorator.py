@@ -6,8 +6,8 @@ Three measurements, each in alternating batches of this process's own CPU time, 
   store   a result in a real `aiokv serve` process over loopback: the decorated function beside `store.get` and
           `orjson.loads` of the same entry, with distinct keys
   instructions (with --instructions; needs valgrind)
-          the near hits once more, in instructions a call: two runs of different length under cachegrind, subtracted,
-          which is the same from run to run whatever else the machine does
+          the same hits once more, in instructions a call: two runs of different length under cachegrind, subtracted,
+          which is the same from run to run whatever else the machine does; of what the kernel does nothing is counted
 
 Peers hand out the one object they hold; aiokv decodes what could be changed by a caller anew at each hit, which is why a
 small dict is measured beside an int. Peers that are not installed are left out:
@@ -51,6 +51,8 @@ RECORD: dict[str, object] = {
     "address": {"city": "Bern", "zip": 3000},
 }
 INSTRUCTION_CALLS = (1_000, 5_000)
+STORE_INSTRUCTION_CALLS = (500, 2_000)
+BARE, THROUGH, WITHOUT_EARLY = "bare get and loads", "kv_cached", "kv_cached, early=0"
 
 
 async def number(key: str) -> int:
@@ -207,6 +209,18 @@ async def cpu_of_reads(call: Call, calls: int, concurrency: int) -> float:
     return (time.process_time() - started) / calls * 1e6
 
 
+def bare_read(store: Any, key_of: Callable[[str], str]) -> Call:
+    """Give the read that a hit is measured against."""
+    entries = {key: key_of(key) for key in KEYS}
+
+    async def read(key: str) -> object:
+        text = await store.get(entries[key])
+        # An entry is a line of the cache's own, then the result's JSON.
+        return None if text is None else orjson.loads(text[text.index("\n") + 1 :])
+
+    return read
+
+
 async def measure_store(address: str, options: argparse.Namespace) -> bool:
     """Alternate the bare read with the decorated function, at each concurrency."""
     from aiokv import AsyncKVStore, kv_cached  # noqa: PLC0415 (likewise)
@@ -215,14 +229,8 @@ async def measure_store(address: str, options: argparse.Namespace) -> bool:
     async with AsyncKVStore("bench", url=address, credentials="bench:secret") as store:
         plain = kv_cached(ttl=3600, early=0, store=store)(record)
         early = kv_cached(ttl=3600, store=store)(record)
-        entries = {key: plain.key(key) for key in KEYS}
-
-        async def bare(key: str) -> object:
-            text = await store.get(entries[key])
-            # An entry is a line of the cache's own, then the result's JSON.
-            return None if text is None else orjson.loads(text[text.index("\n") + 1 :])
-
-        contenders: dict[str, Call] = {"bare get and loads": bare, "kv_cached, early=0": plain, "kv_cached": early}
+        bare = bare_read(store, plain.key)
+        contenders: dict[str, Call] = {BARE: bare, WITHOUT_EARLY: plain, THROUGH: early}
         for key in KEYS:
             await plain(key)
         assert await bare("key-1") == await plain("key-1") == await early("key-1") == await record("key-1")  # noqa: S101
@@ -238,10 +246,9 @@ async def measure_store(address: str, options: argparse.Namespace) -> bool:
                     samples[name].append(await cpu_of_reads(call, options.store_calls, concurrency))
             progress(options.batches, options.batches, f"batches, concurrency {concurrency}")
             assert plain.info().computations + early.info().computations == computed  # noqa: S101
-            base = "bare get and loads"
-            report(f"Client CPU of a hit through the store, concurrency {concurrency}, distinct keys", "us", samples, base)
-            for name in ("kv_cached, early=0", "kv_cached"):
-                met &= verdict(f"{name} to {base}", paired_ratio(samples[name], samples[base]), options.store_aim)
+            report(f"Client CPU of a hit through the store, concurrency {concurrency}, distinct keys", "us", samples, BARE)
+            for name in (WITHOUT_EARLY, THROUGH):
+                met &= verdict(f"{name} to {BARE}", paired_ratio(samples[name], samples[BARE]), options.store_aim)
     return met
 
 
@@ -251,12 +258,12 @@ def store(options: argparse.Namespace) -> bool:
         return asyncio.run(measure_store(address, options))
 
 
-def count_instructions(valgrind: str, name: str, calls: int) -> int:
+def count_instructions(valgrind: str, name: str, calls: int, *more: str) -> int:
     """Run one contender under valgrind and give all that the process executed."""
     run = subprocess.run(
         [
             *[valgrind, "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"],
-            *[sys.executable, __file__, "--contender", name, "--calls", str(calls)],
+            *[sys.executable, __file__, "--contender", name, "--calls", str(calls), *more],
         ],
         capture_output=True,
         text=True,
@@ -293,11 +300,48 @@ def instructions(options: argparse.Namespace) -> bool:
             f"  {name:<{width}}  {count:10,.0f}"
             + (f"  {count / per_call['async-lru']:5.2f} x async-lru" if "async-lru" in names else "")
         )
-    return judge_near(lambda name, base: per_call[name] / per_call[base], names)
+    met = judge_near(lambda name, base: per_call[name] / per_call[base], names)
+    return store_instructions(valgrind, options) and met
+
+
+def store_instructions(valgrind: str, options: argparse.Namespace) -> bool:
+    """Count the instructions that the client spends on a hit through the store.
+
+    With many calls at once only: of a single one it is chance whether its answer comes in one turn of the loop or in two.
+    """
+    concurrency = str(max(options.concurrency))
+    jobs = [(name, calls) for name in (BARE, THROUGH) for calls in STORE_INSTRUCTION_CALLS]
+    totals: dict[tuple[str, int], int] = {}
+    fewer, more = STORE_INSTRUCTION_CALLS
+    with served("memory://") as address, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        counts = pool.map(
+            lambda job: count_instructions(valgrind, *job, "--address", address, "--concurrency", concurrency), jobs
+        )
+        for job, total in zip(jobs, counts, strict=True):
+            totals[job] = total
+            progress(len(totals), len(jobs), "runs under valgrind")
+    bare, through = ((totals[name, more] - totals[name, fewer]) / (more - fewer) for name in (BARE, THROUGH))
+    print(f"\nInstructions of a hit through the store, concurrency {concurrency}, {more:,} calls less {fewer:,}")
+    print(f"  {BARE:<18}  {bare:10,.0f}\n  {THROUGH:<18}  {through:10,.0f}  {through / bare:5.3f} x {BARE}")
+    return verdict(f"{THROUGH} to {BARE}, in instructions", through / bare, options.store_aim)
 
 
 def _count_job(valgrind: str, job: tuple[str, int]) -> int:
     return count_instructions(valgrind, *job)
+
+
+async def run_reads(name: str, calls: int, concurrency: int, address: str) -> None:
+    """Be what valgrind runs: fill the store, then hit it."""
+    from aiokv import AsyncKVStore, kv_cached  # noqa: PLC0415 (likewise)
+
+    async with AsyncKVStore("bench", url=address, credentials="bench:secret") as store:
+        through = kv_cached(ttl=3600, store=store)(record)
+        for key in KEYS:
+            await through(key)
+        gc.collect()
+        # One pass more or less over the whole heap is more than all else that is counted.
+        gc.disable()
+        await cpu_of_reads(through if name == THROUGH else bare_read(store, through.key), calls, concurrency)
 
 
 async def run_contender(name: str, calls: int) -> None:
@@ -327,8 +371,12 @@ def main() -> int:
     parser.add_argument(
         "--store-aim", type=float, default=1.15, help="largest ratio to a bare read that is no failure (default: %(default)s)"
     )
-    parser.add_argument("--contender", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=(*CONTENDERS, BARE, THROUGH), help=argparse.SUPPRESS)
+    parser.add_argument("--address", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.address is not None:
+        asyncio.run(run_reads(options.contender, options.calls, options.concurrency[0], options.address))
+        return 0
     if options.contender is not None:
         asyncio.run(run_contender(options.contender, options.calls))
         return 0

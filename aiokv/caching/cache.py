@@ -9,6 +9,7 @@ import logging
 import random
 import time
 import weakref
+from asyncio import get_running_loop
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable
 from contextvars import ContextVar
 from datetime import timedelta
@@ -128,6 +129,7 @@ class Cache(Generic[R]):
         # Near slots by the plain arguments of the calls that were served from them.
         self.near_slots: dict[tuple[object, ...], Slot] = {}
         # A near cache may serve several functions, whose stores may differ though their keys are the same.
+        self._fixed_store = options.store if isinstance(options.store, AsyncKVStore) else None
         self._has_one_store = options.db_name is not None or isinstance(options.store, AsyncKVStore)
         self._scope = next(_scopes)
         # Where results of the next call stand in the near cache, if that is known before it is made.
@@ -188,7 +190,7 @@ class Cache(Generic[R]):
                         # This task leads: it reads the store itself, which costs least where there is something to serve.
                         found, store_failed = await self.read(call)
                         if found is not None and self._serves(call, flight, found):
-                            flight.end(Outcome(found.payload))
+                            flight.end(found.payload)
                             value: R = found.value
                             return value
                         flight = self._begin(call, flight, found, store_failed=store_failed)
@@ -285,10 +287,9 @@ class Cache(Generic[R]):
     def _serves(self, call: Call, flight: Flight, found: Found) -> bool:
         """Decide whether what was found is served, and whether it is computed anew behind that."""
         entry, now = found.entry, self.clock()
-        freshness = entry.freshness(now, self.stale_seconds)
-        if freshness is Freshness.EXPIRED:
-            return False
-        if freshness is Freshness.STALE:
+        if now >= entry.fresh_until:
+            if entry.freshness(now, self.stale_seconds) is Freshness.EXPIRED:
+                return False
             self.count("stale_hits", "stale_hit", call.key)
             self._refresh_behind(call, entry)
         else:
@@ -312,7 +313,7 @@ class Cache(Generic[R]):
         Returns:
             What can be read, and whether the store failed; what cannot be read is a miss, which gets overwritten.
         """
-        if self.passes_by(call.state):
+        if call.state.breaker.open and self.passes_by(call.state):
             return None, True
         try:
             with call.loop_state.patience.bound():
@@ -362,7 +363,7 @@ class Cache(Generic[R]):
             return None
         try:
             payload = self.results.undo(entry.payload, entry.codec, key)
-            return Found(entry, payload, self.results.load(payload))
+            return Found(entry, payload, self.results.loads(payload))
         except Exception as error:  # noqa: BLE001 (a codec or a class of the program's may fail in its own way)
             logger.debug(
                 "a stored result of %s cannot be read (%s) and is computed anew", self.keys.prefix, type(error).__name__
@@ -617,22 +618,22 @@ class Cache(Generic[R]):
         Returns:
             The call.
         """
-        store = self._store(args, kwargs)
+        store = self._fixed_store or self._store(args, kwargs)
         here = self._here
-        if here is None or here[0] is not asyncio.get_running_loop() or here[2] is not store:
+        if here is None or here[0] is not get_running_loop() or here[2] is not store:
             loop_state = self._states.here()
             state = loop_state.stores.get(store)
             if state is None:
                 state = loop_state.stores[store] = StoreState(Breaker(self._probe_of(store)))
-            here = self._here = (asyncio.get_running_loop(), loop_state, store, state)
+            here = self._here = (get_running_loop(), loop_state, store, state)
         return Call(key, args, kwargs, store, here[1], here[3])
 
     def _store(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncKVStore:
         store = self.options.store
-        if isinstance(store, AsyncKVStore):
-            return store
-        if store is not None:
+        if store is not None and not isinstance(store, AsyncKVStore):
             return self._store_of_function(store, args, kwargs)
+        if store is not None:
+            return store
         if self.options.db_name is None:
             return default_store()
         if self._own_store is None:

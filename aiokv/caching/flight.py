@@ -48,11 +48,11 @@ class Flight:
         self.overtaken = True
         self.discarded = True
 
-    def end(self, outcome: Outcome | None = None) -> None:
-        """End the read: give its waiters what it found, or None to let them begin anew."""
+    def end(self, payload: bytes | str | None = None) -> None:
+        """End the read: give its waiters the JSON that it found, or None to let them begin anew."""
         self.leave_map()
         if self._read is not None and not self._read.done():
-            self._read.set_result(outcome)
+            self._read.set_result(None if payload is None else Outcome(payload))
 
     def fail(self, error: BaseException) -> None:
         """End the read with an error that is every waiter's; where its task was cancelled, they begin anew."""

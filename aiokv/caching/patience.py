@@ -12,11 +12,11 @@ class Patience:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._loop = asyncio.get_running_loop()
+        self.seconds = seconds
+        self.loop = asyncio.get_running_loop()
         # In the order of their deadlines, since all wait equally long.
-        self._bounds: dict[_Bound, None] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self.waiting: dict[_Bound, None] = {}
+        self.is_watching = False
 
     def bound(self) -> "_Bound":
         """Make a bound, which begins when it is entered; it does what `asyncio.timeout` does.
@@ -26,26 +26,16 @@ class Patience:
         """
         return _Bound(self)
 
-    def begin(self, bound: "_Bound") -> float:
-        """Note that a wait begins; give its deadline."""
-        deadline = self._loop.time() + self._seconds
-        self._bounds[bound] = None
-        if self._timer is None:
-            self._timer = self._loop.call_at(deadline, self._tick)
-        return deadline
-
-    def end(self, bound: "_Bound") -> None:
-        """Note that a wait has ended."""
-        del self._bounds[bound]
-
-    def _tick(self) -> None:
-        self._timer = None
-        now = self._loop.time()
-        for bound in self._bounds:
+    def watch(self) -> None:
+        """Look at the waits when the first of them is due."""
+        self.is_watching = False
+        now = self.loop.time()
+        for bound in self.waiting:
             if bound.expired:
                 continue
             if bound.deadline > now:
-                self._timer = self._loop.call_at(bound.deadline, self._tick)
+                self.is_watching = True
+                self.loop.call_at(bound.deadline, self.watch)
                 break
             bound.expire()
 
@@ -71,10 +61,16 @@ class _Bound:
         self._task.cancel()
 
     def __enter__(self) -> None:
-        self.deadline = self._patience.begin(self)
+        # All in one place: this is on the way of every hit.
+        patience = self._patience
+        self.deadline = patience.loop.time() + patience.seconds
+        patience.waiting[self] = None
+        if not patience.is_watching:
+            patience.is_watching = True
+            patience.loop.call_at(self.deadline, patience.watch)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._patience.end(self)
+        del self._patience.waiting[self]
         # Not where somebody else has cancelled the task meanwhile.
         if self.expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError from error
