@@ -106,7 +106,8 @@ Event = CallStarted | CallRetried | CallHedged | CallEnded | TokenRenewed
 class Observer(Protocol):
     """Receive events: any function of one argument does.
 
-    It is called in the task of the call, in the order of the events, and must not block. What it raises is logged and
+    It is called in the task of the call (`TokenRenewed` in that of the exchange), in the order of the events, and must not
+    block. What it raises is logged and
     otherwise ignored. No event bears a value, a token or a secret; keys and errors are there.
     """
 

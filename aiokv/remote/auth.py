@@ -383,6 +383,7 @@ class TokenSource:
         self._header = token.header
         self._expires_at = now + lifetime
         self._renew_at = self._expires_at - min(lifetime / 5, _MAX_RENEWAL_MARGIN_SECONDS)
+        logger.debug("a token for %.0f s", lifetime)
 
 
 def _retrieve(flight: "asyncio.Task[None]") -> None:

@@ -4,6 +4,7 @@ Source: Dean, Barroso, "The Tail at Scale", CACM 56(2), 2013.
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from aiokv import telemetry
 from aiokv.errors import CallError
 
 R = TypeVar("R")
+
+logger = logging.getLogger("aiokv")
 
 _WINDOW_ANSWERS = 500
 # Before that many answers, nothing is known of the rest.
@@ -90,7 +93,9 @@ class Hedger:
             await asyncio.wait(tasks, timeout=self.wait_seconds)
             if not first.done() and self._credit >= 1.0 and may_hedge():
                 self._credit -= 1.0
-                telemetry.hedged(self._loop.time() - started)
+                after_seconds = self._loop.time() - started
+                logger.debug("asking a second time after %.3f s", after_seconds)
+                telemetry.hedged(after_seconds)
                 tasks.append(asyncio.create_task(send(), name="aiokv hedged read"))
             result = await (first if len(tasks) == 1 else _first_good(tasks, is_good))
         finally:
