@@ -11,7 +11,7 @@ import pytest
 from caching_under_test import WatchedBackend, in_child, settle
 from helpers import wait_until
 
-from aiokv import AsyncKVStore, CachedFunction, NearCache, kv_cached, kv_cached_many
+from aiokv import AsyncKVStore, CachedFunction, CallTimeoutError, NearCache, kv_cached, kv_cached_many
 
 watched = caching_under_test.watched
 backend = caching_under_test.backend
@@ -159,7 +159,8 @@ async def test_write_that_lands_late_in_another_loop_is_removed_again(
     gate = backend.hold("set")
     assert await other.run(read()) == 1
     source.value = 2
-    await read.invalidate()
+    with pytest.raises(CallTimeoutError, match="still writing"):
+        await read.invalidate()
     other.loop.call_soon_threadsafe(gate.set)
     await other.run(read.aclose())
     assert await _value(read) is None
@@ -219,8 +220,9 @@ async def test_loop_that_has_stopped_holds_no_invalidation_up_for_long(
     gate = backend.hold("set")
     await asyncio.to_thread(stopped.run_until_complete, read())
     source.value = 2
-    async with asyncio.timeout(10):
-        await read.invalidate()
+    with pytest.raises(CallTimeoutError, match="still writing"):
+        async with asyncio.timeout(10):
+            await read.invalidate()
     gate.set()
     await asyncio.to_thread(stopped.run_until_complete, read.aclose())
     stopped.close()

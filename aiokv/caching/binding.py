@@ -88,6 +88,18 @@ class CachedCallable(Generic[R]):
             return getattr, (self._bound[0], self._cache.function.__name__)
         return self._cache.function.__qualname__
 
+    def __eq__(self, other: object) -> bool:
+        # As with methods: bound forms are made at each access.
+        if not isinstance(other, CachedCallable):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[int, ...]:
+        return (id(self._cache), *map(id, self._bound))
+
     def __repr__(self) -> str:
         return f"<{self.decorator_name} {self._cache.keys.prefix}>"
 

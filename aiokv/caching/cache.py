@@ -22,8 +22,8 @@ from aiokv.caching.flight import Flight, Outcome, active_flights
 from aiokv.caching.keys import KeyMaker
 from aiokv.caching.near import Slot
 from aiokv.caching.options import CacheEvent, CacheOptions, EventKind, Ttl
-from aiokv.caching.state import Call, LoopState, LoopStates, StoreState
-from aiokv.errors import ValueTooLargeError
+from aiokv.caching.state import Call, LoopState, LoopStates, StoreState, is_same_place
+from aiokv.errors import CallTimeoutError, StoreClosedError, ValueTooLargeError
 from aiokv.store import AsyncKVStore, default_store, watch_default_store
 
 R = TypeVar("R")
@@ -139,6 +139,8 @@ class Cache(Generic[R]):
         self._first_default = parameters[self.first_parameter].default if parameters else None
         self._store_takes_first = _takes_instance(options.store)
         self._states = LoopStates(options.read_timeout)
+        # Those that the near cache has results of, where they may be several.
+        self._near_stores: weakref.WeakKeyDictionary[AsyncKVStore, None] = weakref.WeakKeyDictionary()
         # Of the last call, which most likely is that of the next; one attribute, since loops of several threads change it.
         self._here: tuple[asyncio.AbstractEventLoop, LoopState, AsyncKVStore, StoreState] | None = None
         if options.store is None and options.db_name is None:
@@ -229,7 +231,10 @@ class Cache(Generic[R]):
             self.counts["near_hits"] += 1
             if self._observed:
                 self.tell("near_hit", key)
-            result = value if payload is None else self.results.loads(payload)
+            try:
+                result = value if payload is None else self.results.loads(payload)
+            except Exception:  # noqa: BLE001 (a class of the program's, which took this before, may not today)
+                slot.forget()
         return result
 
     def _remember_slot(self, slot: Slot, scope: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -410,7 +415,7 @@ class Cache(Generic[R]):
         if fresh_seconds is None:
             self.tell("not_stored", key)
             if flight.refreshes:
-                await self._remove(call)
+                await self.remove(call)
             try:
                 # For each waiter a copy of its own, where that can be had.
                 return Outcome(self.results.to_json(result))
@@ -420,7 +425,7 @@ class Cache(Generic[R]):
         json = self.results.undo(payload, applied, key)
         if flight.discarded:
             if flight.overtaken and flight.refreshes:
-                await self._remove(call)
+                await self.remove(call)
             return Outcome(json)
         fresh_seconds *= 1.0 - self.options.jitter * random.random()  # noqa: S311 (spreads expiries, guards nothing)
         entry = Entry(payload, applied, started, started + fresh_seconds, seconds)
@@ -429,6 +434,7 @@ class Cache(Generic[R]):
             await self._store_result(call, flight, entry, fresh_seconds)
         if flight.refreshes:
             # What read meanwhile may have found what was there before.
+            call.state.discard(key, but=flight)
             self._states.overtake_elsewhere(call)
             self.keep_near(call, flight, json, result, entry.fresh_until)
         return Outcome(json)
@@ -438,13 +444,20 @@ class Cache(Generic[R]):
         state = call.state
         if len(call.loop_state.background) >= MAX_BACKGROUND_TASKS and state.slow_writes >= FAILURES_TO_OPEN:
             return
-        if flight.refreshes and (writes := self._states.writes_elsewhere(call)):
-            # What is older is not to land after this.
-            await asyncio.wait(writes, timeout=self.options.read_timeout)
+        older = self._states.writes_elsewhere(call, refreshes=False) if flight.refreshes else []
         text, ttl_seconds = pack(call.key, entry), self.options.kept_seconds(fresh_seconds)
-        writing = call.in_order(flight, lambda: self._write(call, flight, text, ttl_seconds))
+
+        async def write() -> None:
+            if older:
+                # They are not to land after this.
+                await asyncio.wait(older, timeout=self.options.read_timeout)
+            await self._write(call, flight, text, ttl_seconds)
+
+        writing = call.in_order(flight, write)
+        # Behind the caller only as far as there is room.
+        waits = self.options.write == "await" or len(call.loop_state.background) > MAX_BACKGROUND_TASKS
         # After a few slow writes in a row nobody waits for one, until one has landed in time.
-        if self.options.write == "await" and state.slow_writes < FAILURES_TO_OPEN:
+        if waits and state.slow_writes < FAILURES_TO_OPEN:
             # No longer than a read may take: a slow store goes on behind the caller's back.
             done, _ = await asyncio.wait([writing], timeout=self.options.read_timeout)
             if not done:
@@ -453,8 +466,12 @@ class Cache(Generic[R]):
             elif not writing.cancelled():
                 writing.result()
 
-    async def _remove(self, call: Call) -> None:
-        """Leave nothing older in the store of a result that was asked for anew and is not stored."""
+    async def remove(self, call: Call) -> None:
+        """Leave nothing older in the store of a result that was asked for anew and is not stored.
+
+        Args:
+            call: The call.
+        """
         if self.options.near is not None:
             self.options.near.drop(self.near_key(call))
         if self.passes_by(call.state):
@@ -469,15 +486,7 @@ class Cache(Generic[R]):
         started = time.monotonic()
         oversize: ValueTooLargeError | None = None
         try:
-            try:
-                if not flight.overtaken:
-                    await call.store.set(call.key, text, ttl_seconds)
-            except ValueTooLargeError as error:
-                oversize = error
-                self.tell("not_stored", call.key)
-            if flight.overtaken or (oversize is not None and flight.refreshes):
-                # It may have landed after what overtook it, or what is there is older than what its caller gets.
-                await call.store.delete(call.key)
+            oversize = await self._set(call, flight, text, ttl_seconds)
         except (Exception, asyncio.CancelledError) as error:
             if is_cancelled(error):
                 raise
@@ -491,6 +500,25 @@ class Cache(Generic[R]):
         if self.options.on_oversize == "raise":
             raise oversize
         logger.warning("a result of %s is too large to be stored; compress it with codec=Zstd()", self.keys.prefix)
+
+    async def _set(self, call: Call, flight: Flight, text: str, ttl_seconds: int) -> ValueTooLargeError | None:
+        """Set an entry, and remove it again where it is not to be there; give the error of one that is too large."""
+        oversize: ValueTooLargeError | None = None
+        try:
+            if not flight.overtaken:
+                await call.store.set(call.key, text, ttl_seconds)
+        except ValueTooLargeError as error:
+            oversize = error
+            self.tell("not_stored", call.key)
+        except Exception:
+            if flight.overtaken:
+                # It may have been stored all the same.
+                await call.store.delete(call.key)
+            raise
+        if flight.overtaken or (oversize is not None and flight.refreshes):
+            # It may have landed after what overtook it, or what is there is older than what its caller gets.
+            await call.store.delete(call.key)
+        return oversize
 
     async def _delete(self, call: Call) -> None:
         await call.store.delete(call.key)
@@ -579,14 +607,29 @@ class Cache(Generic[R]):
         writes = self._states.writes_elsewhere(call)
 
         async def delete() -> None:
-            if writes:
-                await asyncio.wait(writes, timeout=self.options.read_timeout)
-            await self._delete(call)
+            try:
+                late = (await asyncio.wait(writes, timeout=self.options.read_timeout))[1] if writes else ()
+                await self._delete(call)
+            finally:
+                # What began meanwhile may have read what was there before.
+                self.forget(call)
+            if late:
+                raise CallTimeoutError(
+                    "another event loop or store is still writing this result, and may store it after its removal",
+                    verb="delete",
+                    db_name=call.store.db_name,
+                    key=call.key,
+                    maybe_applied=True,
+                )
 
-        # Shielded: what was asked for is done, whether or not the caller stays.
-        await asyncio.shield(call.in_order(None, delete))
-        # What began meanwhile may have read what was there before.
-        self.forget(call)
+        deleting = call.in_order(None, delete)
+        try:
+            # Shielded: what was asked for is done, whether or not the caller stays.
+            await asyncio.shield(deleting)
+        except asyncio.CancelledError as error:
+            if is_cancelled(error) or not deleting.cancelled():
+                raise
+            raise StoreClosedError("the cached function was closed before the result was removed") from None
 
     def forget(self, call: Call) -> None:
         """Keep what is under way for a call in this process from being stored, from being joined, and from the near cache.
@@ -595,8 +638,13 @@ class Cache(Generic[R]):
             call: The call.
         """
         self.overtake(call)
-        if self.options.near is not None:
-            self.options.near.drop(self.near_key(call))
+        near = self.options.near
+        if near is not None:
+            near.drop(self.near_key(call))
+            for reference in self._near_stores.keyrefs():
+                store = reference()
+                if store is not None and store is not call.store and is_same_place(store, call.store):
+                    near.drop(((self._scope, store), call.key))
 
     def overtake(self, call: Call) -> None:
         """Keep what is under way for a call in this process from being stored, and from being joined.
@@ -665,6 +713,8 @@ class Cache(Generic[R]):
         """Put a result into the near cache, if there is one, unless what brought it has been discarded."""
         near = self.options.near
         if near is not None:
+            if not self._has_one_store:
+                self._near_stores[call.store] = None
             near.put(self.near_key(call), payload, value, min(self.clock() + near.ttl_seconds, fresh_until), flight)
 
     def near_key(self, call: Call) -> Hashable:
@@ -680,6 +730,9 @@ class Cache(Generic[R]):
         self.count("store_errors", "store_error", call.key)
         call.state.breaker.failed(error, time.monotonic())
         if self.options.on_store_error == "raise":
+            if isinstance(error, asyncio.CancelledError):
+                # Or whoever asked would look as if somebody had cancelled it.
+                raise StoreClosedError("the store gave the call up", db_name=call.store.db_name, key=call.key) from error
             raise error
 
     def count(self, count: str, kind: EventKind, key: str, seconds: float = 0.0) -> None:

@@ -10,7 +10,9 @@ import os
 import re
 import types
 import typing
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from datetime import datetime, time
 from typing import Any, Literal, Protocol, cast
 
 import orjson
@@ -397,9 +399,14 @@ def _same_types(back: Any, result: Any) -> bool:  # noqa: PLR0911 (one for each 
         return kind is float and type(result) is int
     if kind in _ATOMS:
         return True
-    if isinstance(back, list | tuple):
-        return all(map(_same_types, back, result))
+    if isinstance(back, datetime | time):
+        # The second of two like hours would come back as the first; with a zone, its offset tells them apart.
+        return back.tzinfo is not None or back.fold == result.fold
+    if isinstance(back, list | tuple | deque):
+        return getattr(back, "maxlen", None) == getattr(result, "maxlen", None) and all(map(_same_types, back, result))
     if isinstance(back, dict):
+        if isinstance(back, defaultdict) and back.default_factory is not result.default_factory:
+            return False
         keys = {key: key for key in result}
         return all(_same_types(key, keys.get(key)) and _same_types(item, result.get(key)) for key, item in back.items())
     if isinstance(back, set | frozenset):

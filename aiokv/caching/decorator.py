@@ -137,7 +137,7 @@ class CachedFunction(CachedCallable[R], Generic[P, R]):
         """Forget the result of a call, in the store and here; a computation under way in this process is not stored.
 
         Raises:
-            CallError: The store could not be reached, and may still serve the result.
+            CallError: The store could not be reached, or another event loop is still writing the result: it may be served yet.
         """
         await self._cache.invalidate(self._call(args, kwargs))
 

@@ -27,6 +27,7 @@ from aiokv.store import DEFAULT_CONCURRENCY, AsyncKVStore
 
 K = TypeVar("K")
 V = TypeVar("V")
+T = TypeVar("T")
 P = ParamSpec("P")
 
 logger = logging.getLogger("aiokv")
@@ -84,7 +85,7 @@ class CachedManyFunction(CachedCallable[V], Generic[K, P, V]):
             await cast("Any", self.bound_to(ids)).invalidate(*args, **kwargs)
             return
         calls = [self._call(id_, args, kwargs) for id_ in dict.fromkeys(ids)]
-        await asyncio.gather(*(self._cache.invalidate(call) for call in calls))
+        await _a_few_at_a_time(self._cache.invalidate(call) for call in calls)
 
     def _lacks_instance(self) -> bool:
         return not self._bound and self._cache.first_parameter in {"self", "cls"}
@@ -249,8 +250,10 @@ class CachedManyFunction(CachedCallable[V], Generic[K, P, V]):
         had = [id_ for id_ in flights if id_ in results]
         for id_ in had:
             cache.count("computations", "computed", calls[id_].key, seconds)
-        outcomes = await asyncio.gather(
-            *(cache.keep(calls[id_], flights[id_], results[id_], started, seconds, skip_write=skip_write) for id_ in had)
+        gone = [id_ for id_, flight in flights.items() if flight.refreshes and id_ not in results]
+        await _a_few_at_a_time(cache.remove(calls[id_]) for id_ in gone)
+        outcomes = await _a_few_at_a_time(
+            cache.keep(calls[id_], flights[id_], results[id_], started, seconds, skip_write=skip_write) for id_ in had
         )
         return {id_: cache.own_copy(outcome) for id_, outcome in zip(had, outcomes, strict=True)}
 
@@ -290,14 +293,23 @@ class CachedManyFunction(CachedCallable[V], Generic[K, P, V]):
             await asyncio.sleep(min(max(others), 1.0))
 
     async def _claim(self, ids: list[K], calls: Mapping[K, Call], seen: Mapping[K, Entry]) -> list[K]:
-        turns = asyncio.Semaphore(DEFAULT_CONCURRENCY)
-
-        async def claim(id_: K) -> bool:
-            async with turns:
-                return await self._cache.claimed(calls[id_], seen[id_].compute_seconds)
-
-        claims = await asyncio.gather(*map(claim, ids))
+        claims = await _a_few_at_a_time(self._cache.claimed(calls[id_], seen[id_].compute_seconds) for id_ in ids)
         return [id_ for id_, claimed in zip(ids, claims, strict=True) if claimed]
+
+
+async def _a_few_at_a_time(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await several things of one kind, no more at once than a store is asked for."""
+    turns = asyncio.Semaphore(DEFAULT_CONCURRENCY)
+
+    async def one(work: Coroutine[Any, Any, T]) -> T:
+        try:
+            async with turns:
+                return await work
+        finally:
+            # Where its turn never came.
+            work.close()
+
+    return await asyncio.gather(*map(one, works))
 
 
 class CachedManyClassMethod(Generic[K, P, V]):

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
 from aiokv.caching.breaker import Breaker
@@ -15,11 +15,23 @@ from aiokv.opening import identity_of
 from aiokv.store import AsyncKVStore
 
 
-class Writing(NamedTuple):
-    """A write or a delete that has not landed yet, and the flight whose result it writes."""
+class Writing:
+    """A write or a delete that has not landed yet, the flight whose result it writes, and what it waits for itself."""
 
-    task: "asyncio.Task[None]"
-    flight: Flight | None
+    __slots__ = ("flight", "previous", "task")
+
+    def __init__(self, task: "asyncio.Task[None]", flight: Flight | None, previous: "Writing | None") -> None:
+        self.task = task
+        self.flight = flight
+        self.previous = previous
+
+    def unfinished(self) -> "Iterator[Writing]":
+        """Give this one and those before it; any thread may ask."""
+        writing: Writing | None = self
+        while writing is not None:
+            if not writing.task.done():
+                yield writing
+            writing = writing.previous
 
 
 class StoreState:
@@ -37,14 +49,14 @@ class StoreState:
         # How many in a row took longer than a caller waits.
         self.slow_writes = 0
 
-    def discard(self, key: str) -> None:
-        """Keep what is under way for a key from being joined and stored; in the loop that it belongs to."""
+    def discard(self, key: str, but: Flight | None = None) -> None:
+        """Keep what is under way for a key, but for one flight, from being joined and stored; in the loop of this."""
         for flights in (self.flights, self.behind):
-            if (flight := flights.get(key)) is not None:
+            if (flight := flights.get(key)) is not None and flight is not but:
                 flight.discarded = True
                 flight.leave_map()
         for flight in self.apart.get(key, ()):
-            flight.discarded = True
+            flight.discarded = flight.discarded or flight is not but
 
     def overtake(self, key: str) -> None:
         """Do the same from any thread, and have what is being written removed again."""
@@ -54,8 +66,10 @@ class StoreState:
                 flight.overtake()
         for flight in tuple(self.apart.get(key, ())):
             flight.overtake()
-        if (writing := self.writing.get(key)) is not None and writing.flight is not None:
-            writing.flight.overtake()
+        if (last := self.writing.get(key)) is not None:
+            for writing in last.unfinished():
+                if writing.flight is not None:
+                    writing.flight.overtake()
 
     def set_apart(self, flight: Flight) -> None:
         """Let those who invalidate meanwhile know of a flight that nobody joins."""
@@ -112,6 +126,8 @@ class Call(NamedTuple):
         async def after_the_previous() -> None:
             if previous is not None:
                 await asyncio.wait([previous.task])
+                # Or every write of a key would hold those before it.
+                this.previous = None
             await work()
 
         def forget(task: "asyncio.Task[None]") -> None:
@@ -119,7 +135,7 @@ class Call(NamedTuple):
                 del writing[key]
 
         task = self.loop_state.in_background(after_the_previous())
-        writing[key] = Writing(task, flight)
+        this = writing[key] = Writing(task, flight, previous)
         task.add_done_callback(forget)
         return task
 
@@ -155,11 +171,12 @@ class LoopStates:
         for _, state in self._elsewhere(call):
             state.overtake(call.key)
 
-    def writes_elsewhere(self, call: Call) -> "list[asyncio.Future[None]]":
+    def writes_elsewhere(self, call: Call, *, refreshes: bool = True) -> "list[asyncio.Future[None]]":
         """Give what other loops, and other stores of the same place, are writing of a call.
 
         Args:
             call: The call.
+            refreshes: Whether the results of refreshes count: two of these must not wait for each other.
 
         Returns:
             Futures of the running loop, each done once its write has landed; never, where its loop does not run any more.
@@ -167,7 +184,13 @@ class LoopStates:
         here = asyncio.get_running_loop()
         found = [(loop, state.writing.get(call.key)) for loop, state in self._elsewhere(call)]
         # Not deletes, which do no harm, and might in their turn wait for writes of this loop.
-        return [_landing(loop, one.task, here) for loop, one in found if one is not None and one.flight is not None]
+        return [
+            _landing(loop, writing.task, here)
+            for loop, last in found
+            if last is not None
+            for writing in last.unfinished()
+            if writing.flight is not None and (refreshes or not writing.flight.refreshes)
+        ]
 
     def _elsewhere(self, call: Call) -> list[tuple[asyncio.AbstractEventLoop, StoreState]]:
         if len(self._by_loop) == 1 and len(call.loop_state.stores) == 1:
@@ -180,7 +203,7 @@ class LoopStates:
                 state = None if store is None else loop_state.stores.get(store)
                 if store is None or state is None or state is call.state or loop.is_closed():
                     continue
-                if store is call.store or _is_same_place(store, call.store):
+                if store is call.store or is_same_place(store, call.store):
                     found.append((loop, state))
         return found
 
@@ -203,7 +226,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _is_same_place(store: AsyncKVStore, other: AsyncKVStore) -> bool:
+def is_same_place(store: AsyncKVStore, other: AsyncKVStore) -> bool:
+    """Say whether two stores have their values in one place, as far as that can be told; credentials do not count.
+
+    Args:
+        store: A store.
+        other: Another.
+
+    Returns:
+        True also where nobody knows.
+    """
     if store.db_name != other.db_name:
         return False
     try:
