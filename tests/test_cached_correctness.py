@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import datetime as dt
+import gc
 from collections.abc import Generator
 from typing import Annotated, Any
 
@@ -316,3 +317,17 @@ async def test_invalidation_waits_for_a_write_elsewhere_behind_which_a_delete_st
     writes.set()
     await asyncio.gather(writing, deleting, invalidating)
     assert not returned_first
+
+
+async def test_call_of_many_that_is_cancelled_before_its_writes_begin_leaves_no_warning(store: AsyncKVStore) -> None:
+    @kv_cached_many(60, store=store, key=lambda id_: id_, prefix="review-cancelled")
+    async def get(ids: list[int]) -> dict[int, int]:
+        # Once the writes are begun, and before the first of them has a turn.
+        asyncio.get_running_loop().call_soon(calling.cancel)
+        return {id_: id_ for id_ in ids}
+
+    calling = asyncio.create_task(get(range(100)))
+    await asyncio.wait([calling])
+    assert calling.cancelled()
+    # A coroutine that nobody awaited says so here, which is an error.
+    gc.collect()

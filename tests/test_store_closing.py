@@ -10,8 +10,9 @@ from helpers import scripted_service
 from yarl import URL
 
 from aiokv import AsyncKVStore
-from aiokv.errors import StoreClosedError
+from aiokv.errors import CallError, StoreClosedError
 from aiokv.remote.backend import RemoteBackend
+from aiokv.remote.retry import RetryPolicy
 
 
 async def half_an_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -131,3 +132,27 @@ async def test_connections_are_closed_though_whoever_closes_is_cancelled() -> No
         assert backend._transport._session.closed
         await asyncio.wait([call])
         assert isinstance(call.exception(), StoreClosedError)
+
+
+async def test_closing_in_the_moment_in_which_a_call_runs_out_of_time_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = RemoteBackend(URL("http://127.0.0.1:1"), policy=RetryPolicy.none())
+
+    async def connect_for_ever(*_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
+
+    session = backend._transport._session
+    close = session.close
+
+    async def close_as_time_runs_out() -> None:
+        await close()
+        # As its timer does, in the same turn of the loop: the call has had none since.
+        bound._on_timeout()
+
+    monkeypatch.setattr(session, "request", connect_for_ever)
+    monkeypatch.setattr(session, "close", close_as_time_runs_out)
+    call = asyncio.create_task(backend.get("db", "k"))
+    await asyncio.sleep(0)
+    (bound,) = backend._transport._bounds
+    await backend.aclose()
+    with pytest.raises(CallError):
+        await call

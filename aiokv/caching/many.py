@@ -27,6 +27,7 @@ from aiokv.store import DEFAULT_CONCURRENCY, AsyncKVStore
 
 K = TypeVar("K")
 V = TypeVar("V")
+A = TypeVar("A")
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -85,7 +86,7 @@ class CachedManyFunction(CachedCallable[V], Generic[K, P, V]):
             await cast("Any", self.bound_to(ids)).invalidate(*args, **kwargs)
             return
         calls = [self._call(id_, args, kwargs) for id_ in dict.fromkeys(ids)]
-        await _a_few_at_a_time(self._cache.invalidate(call) for call in calls)
+        await _a_few_at_a_time(self._cache.invalidate, calls)
 
     def _lacks_instance(self) -> bool:
         return not self._bound and self._cache.first_parameter in {"self", "cls"}
@@ -251,9 +252,9 @@ class CachedManyFunction(CachedCallable[V], Generic[K, P, V]):
         for id_ in had:
             cache.count("computations", "computed", calls[id_].key, seconds)
         gone = [id_ for id_, flight in flights.items() if flight.refreshes and id_ not in results]
-        await _a_few_at_a_time(cache.remove(calls[id_]) for id_ in gone)
+        await _a_few_at_a_time(lambda id_: cache.remove(calls[id_]), gone)
         outcomes = await _a_few_at_a_time(
-            cache.keep(calls[id_], flights[id_], results[id_], started, seconds, skip_write=skip_write) for id_ in had
+            lambda id_: cache.keep(calls[id_], flights[id_], results[id_], started, seconds, skip_write=skip_write), had
         )
         return {id_: cache.own_copy(outcome) for id_, outcome in zip(had, outcomes, strict=True)}
 
@@ -293,23 +294,19 @@ class CachedManyFunction(CachedCallable[V], Generic[K, P, V]):
             await asyncio.sleep(min(max(others), 1.0))
 
     async def _claim(self, ids: list[K], calls: Mapping[K, Call], seen: Mapping[K, Entry]) -> list[K]:
-        claims = await _a_few_at_a_time(self._cache.claimed(calls[id_], seen[id_].compute_seconds) for id_ in ids)
+        claims = await _a_few_at_a_time(lambda id_: self._cache.claimed(calls[id_], seen[id_].compute_seconds), ids)
         return [id_ for id_, claimed in zip(ids, claims, strict=True) if claimed]
 
 
-async def _a_few_at_a_time(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Await several things of one kind, no more at once than a store is asked for."""
+async def _a_few_at_a_time(work: Callable[[A], Awaitable[T]], items: Iterable[A]) -> list[T]:
+    """Do the same to several items, to no more at once than a store is asked for."""
     turns = asyncio.Semaphore(DEFAULT_CONCURRENCY)
 
-    async def one(work: Coroutine[Any, Any, T]) -> T:
-        try:
-            async with turns:
-                return await work
-        finally:
-            # Where its turn never came.
-            work.close()
+    async def one(item: A) -> T:
+        async with turns:
+            return await work(item)
 
-    return await asyncio.gather(*map(one, works))
+    return await asyncio.gather(*map(one, items))
 
 
 class CachedManyClassMethod(Generic[K, P, V]):

@@ -259,7 +259,7 @@ class _Sequence(Generic[R]):
         self._error = first_error
         self._paid_tokens = 0
         # Whether that retry is still to be sent.
-        self._waits = False
+        self._is_waiting = False
         self._maybe_applied = first_error.maybe_applied
 
     async def run(self, sleep: Callable[[float], Awaitable[None]]) -> R:
@@ -281,7 +281,7 @@ class _Sequence(Generic[R]):
             error.maybe_applied = self._maybe_applied
             raise
         except BaseException:
-            if self._waits:
+            if self._is_waiting:
                 self._quota.refund(self._paid_tokens)
             raise
         self._quota.refund(self._paid_tokens)
@@ -293,7 +293,7 @@ class _Sequence(Generic[R]):
             error, self._pending = self._pending, None
             raise error
         self._attempts += 1
-        self._waits = False
+        self._is_waiting = False
         telemetry.attempted(self._attempts)
         try:
             return await self._attempt()
@@ -314,7 +314,7 @@ class _Sequence(Generic[R]):
         error = _error_of(state)
         self._paid_tokens = THROTTLED_COST_TOKENS if is_throttled(error) else TRANSIENT_COST_TOKENS
         if self._quota.pay(self._paid_tokens):
-            self._waits = True
+            self._is_waiting = True
             return False
         error.reason += "; not tried again, since most calls to this host fail (its retry quota is spent)"
         return True

@@ -196,7 +196,9 @@ class Transport:
         await self._session.close()
         # aiohttp leaves those alone that wait for the rest of a body.
         for bound in self._bounds:
-            bound.reschedule(self._loop.time())
+            # One whose time has just come ends by itself, and refuses another.
+            if not bound.expired():
+                bound.reschedule(self._loop.time())
 
     def abandon(self) -> None:
         """Let the session go without its event loop, which is closed or belongs to the process that forked this one."""
