@@ -49,7 +49,7 @@ def flaky_kv(kv_server: "KVServer", kv_store: "AsyncKVStore") -> "Iterator[Flaky
     the whole process while the test runs, and an attempt takes at most a second.
     """
     from aiokv import AsyncKVStore  # noqa: PLC0415 (see above)
-    from aiokv.remote.retry import reset_quotas  # noqa: PLC0415 (see above)
+    from aiokv.backends.http.retry import reset_quotas  # noqa: PLC0415 (see above)
     from aiokv.testing import FaultProxy, without_waits  # noqa: PLC0415 (see above)
     from aiokv.testing.background import FLAKY_RETRY, FlakyKV, in_thread  # noqa: PLC0415 (see above)
 

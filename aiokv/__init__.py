@@ -1,5 +1,8 @@
 """aiokv: an expiring key-value store that you await, in fal's service, a server of your own, or an embedded file."""
 
+from aiokv.backends.http.hedge import HedgePolicy
+from aiokv.backends.http.options import Credentials, HttpOptions
+from aiokv.backends.http.retry import RetryPolicy
 from aiokv.caching.cache import CacheInfo, cache_bypass, cache_refresh
 from aiokv.caching.codec import JSON, Codec, Encrypted, Zstd
 from aiokv.caching.decorator import CachedFunction, Peeked, kv_cached
@@ -28,9 +31,6 @@ from aiokv.errors import (
     ValueTooLargeError,
 )
 from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_TTL_SECONDS, MAX_VALUE_BYTES, MIN_TTL_SECONDS
-from aiokv.remote.hedge import HedgePolicy
-from aiokv.remote.options import Credentials, HttpOptions
-from aiokv.remote.retry import RetryPolicy
 from aiokv.store import AsyncKVStore, default_store, set_default_store
 from aiokv.telemetry import CallEnded, CallHedged, CallRetried, CallStarted, Event, Observer, TokenRenewed
 

@@ -14,12 +14,12 @@ from typing import Any, Protocol, Self, TypeVar
 import orjson
 
 from aiokv.backends.base import Backend
+from aiokv.backends.http.hedge import HedgePolicy
+from aiokv.backends.http.options import Credentials, HttpOptions, check_key_form
+from aiokv.backends.http.retry import RetryPolicy
+from aiokv.backends.registry import check_url, identity_of, open_backend, preload, resolve_url, shown_url, tailored
 from aiokv.errors import AioKVError, BatchError, DecodeError, shown
 from aiokv.limits import check_db_name, check_entry, check_ttl, check_value
-from aiokv.opening import check_url, identity_of, open_backend, preload, resolve_url, shown_url, tailored
-from aiokv.remote.hedge import HedgePolicy
-from aiokv.remote.options import Credentials, HttpOptions, check_key_form
-from aiokv.remote.retry import RetryPolicy
 from aiokv.telemetry import Observer
 
 T = TypeVar("T")

@@ -61,8 +61,8 @@ from harness import progress, served, verdict, where
 from stampede import percentile
 
 from aiokv import AsyncKVStore
+from aiokv.backends.http.retry import QUOTA_TOKENS, quota_of
 from aiokv.errors import CallError
-from aiokv.remote.retry import QUOTA_TOKENS, quota_of
 from aiokv.testing import FaultOrFaults, FaultProxy, LatencyAfter, ResetAfter, ResetBefore, at_rate
 
 AIOKV, HEDGED, OFFICIAL, TENACITY = "aiokv", "aiokv-hedged", "fal", "tenacity"

@@ -6,7 +6,7 @@ import pytest
 from helpers import FakeClock
 from hypothesis import settings
 
-from aiokv.remote.retry import reset_quotas
+from aiokv.backends.http.retry import reset_quotas
 
 # Machines differ in speed; the time limit of a test is pytest's. Derandomised, so that a failure is the same everywhere.
 settings.register_profile("aiokv", deadline=None, derandomize=True, print_blob=True)

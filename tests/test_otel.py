@@ -35,11 +35,11 @@ from yarl import URL
 
 from aiokv import AsyncKVStore, CacheEvent, kv_cached
 from aiokv.backends.base import Backend
+from aiokv.backends.http.backend import RemoteBackend
 from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.observed import ObservedBackend
 from aiokv.errors import CallError, TransportError
 from aiokv.otel import OpenTelemetryObserver
-from aiokv.remote.backend import RemoteBackend
 from aiokv.telemetry import CallEnded, CallHedged, CallStarted, TokenRenewed
 
 KEY = "customer-4711"

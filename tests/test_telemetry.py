@@ -12,10 +12,10 @@ from helpers import FakeClock, Recorded, no_wait, scripted_service
 from yarl import URL
 
 from aiokv import AsyncKVStore, HedgePolicy, RetryPolicy
+from aiokv.backends.http.backend import RemoteBackend
 from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.observed import ObservedBackend
 from aiokv.errors import CallError, RejectedError, UnavailableError
-from aiokv.remote.backend import RemoteBackend
 from aiokv.telemetry import CallEnded, CallHedged, CallRetried, CallStarted, Event, ObservedCall, TokenRenewed
 from aiokv.wire import TOKEN_PATH
 

@@ -18,6 +18,7 @@ import zoneinfo
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from aiokv.caching.naming import canonical_module
 from aiokv.limits import check_entry
 
 DIGEST_BYTES = 16
@@ -72,7 +73,7 @@ class KeyMaker:
                 f"{self._name} is defined inside a function: another call of that one makes another {function.__name__}, "
                 "and both would share results; move it to the module, or pass key= and count in what it closes over"
             )
-        self._prefix = f"{_module_name(function)}.{self._name}" if prefix is None else prefix
+        self._prefix = f"{canonical_module(function.__module__)}.{self._name}" if prefix is None else prefix
         if not self._prefix or len(self._prefix) > MAX_PREFIX_CHARS:
             raise ValueError(f"prefix must be 1 to {MAX_PREFIX_CHARS} characters, not {len(self._prefix)}")
         # The rest of a key is digits, and takes a fixed room.
@@ -170,19 +171,6 @@ class KeyMaker:
             except RecursionError:
                 raise TypeError(f"{self._name}: the argument {name} is nested too deeply, or holds itself") from None
         return b"".join(parts)
-
-
-def _module_name(function: Callable[..., object]) -> str:
-    if function.__module__ != "__main__":
-        return function.__module__
-    # Every script is "__main__"; by its own name it is the same whether it is run or imported, and another script differs.
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    if spec is not None:
-        name: str = spec.name
-        return name.removesuffix(".__main__")
-    file = getattr(main, "__file__", None)
-    return pathlib.Path(file).stem if file else "__main__"
 
 
 def _compile_binding(

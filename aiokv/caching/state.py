@@ -7,11 +7,11 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
+from aiokv.backends.registry import identity_of
 from aiokv.caching.breaker import Breaker
 from aiokv.caching.flight import Flight
 from aiokv.caching.patience import Patience
 from aiokv.errors import AioKVError
-from aiokv.opening import identity_of
 from aiokv.store import AsyncKVStore
 
 

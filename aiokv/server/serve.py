@@ -11,8 +11,8 @@ from pathlib import Path
 from aiohttp import web
 
 from aiokv.backends.base import Backend
+from aiokv.backends.registry import open_backend
 from aiokv.errors import ConfigurationError
-from aiokv.opening import open_backend
 from aiokv.server.access import AccessFile
 from aiokv.server.app import READINESS_PROBE, HttpServer, Service
 from aiokv.wire import is_loopback

@@ -1,6 +1,6 @@
 """Test against faults: a proxy that makes a network bad, a service that answers as it is told, and pytest fixtures."""
 
-from aiokv.remote.retry import without_waits
+from aiokv.backends.http.retry import without_waits
 from aiokv.testing.faults import (
     Bandwidth,
     Fault,

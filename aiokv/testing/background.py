@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from aiokv.backends.http.retry import RetryPolicy
 from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.sqlite import SqliteBackend
-from aiokv.remote.retry import RetryPolicy
 from aiokv.server.serve import running_server
 from aiokv.store import AsyncKVStore
 from aiokv.testing.proxy import FaultProxy

@@ -10,9 +10,9 @@ from helpers import Recorded, no_wait, scripted_service
 from yarl import URL
 
 from aiokv import AsyncKVStore
+from aiokv.backends.http.backend import RemoteBackend
+from aiokv.backends.http.retry import RetryPolicy
 from aiokv.errors import CallTimeoutError, UnavailableError
-from aiokv.remote.backend import RemoteBackend
-from aiokv.remote.retry import RetryPolicy
 
 
 class SlowService:

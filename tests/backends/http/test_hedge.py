@@ -12,11 +12,11 @@ from helpers import Recorded, no_wait, scripted_service
 from yarl import URL
 
 from aiokv import AsyncKVStore, CallHedged, Event, HedgePolicy
+from aiokv.backends.http.backend import RemoteBackend
+from aiokv.backends.http.hedge import Hedger
+from aiokv.backends.http.options import HttpOptions
+from aiokv.backends.http.retry import RetryPolicy
 from aiokv.errors import CallTimeoutError, UnavailableError
-from aiokv.remote.backend import RemoteBackend
-from aiokv.remote.hedge import Hedger
-from aiokv.remote.options import HttpOptions
-from aiokv.remote.retry import RetryPolicy
 from aiokv.wire import TOKEN_PATH
 
 # Late after 50 ms, and never short of budget.

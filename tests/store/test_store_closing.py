@@ -10,9 +10,9 @@ from helpers import scripted_service
 from yarl import URL
 
 from aiokv import AsyncKVStore
+from aiokv.backends.http.backend import RemoteBackend
+from aiokv.backends.http.retry import RetryPolicy
 from aiokv.errors import CallError, StoreClosedError
-from aiokv.remote.backend import RemoteBackend
-from aiokv.remote.retry import RetryPolicy
 
 
 async def half_an_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

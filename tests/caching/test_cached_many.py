@@ -347,7 +347,7 @@ def test_function_looks_like_what_was_decorated(of: Any) -> None:
     assert asyncio.iscoroutinefunction(of)
     assert inspect.iscoroutinefunction(of)
     assert next(iter(inspect.signature(of).parameters)) == ("self" if of is Shop.prices else "ids")
-    assert repr(of).startswith("<kv_cached_many tests.test_cached_many.")
+    assert repr(of).startswith(f"<kv_cached_many {__name__}.")
 
 
 X, Y = TypeVar("X"), TypeVar("Y")

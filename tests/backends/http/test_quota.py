@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
+from aiokv.backends.http.backend import RemoteBackend
+from aiokv.backends.http.options import HttpOptions
+from aiokv.backends.http.retry import QUOTA_TOKENS, RetryPolicy, RetryQuota, quota_of, reset_quotas
 from aiokv.errors import CallError, ThrottledError, UnavailableError
-from aiokv.remote.backend import RemoteBackend
-from aiokv.remote.options import HttpOptions
-from aiokv.remote.retry import QUOTA_TOKENS, RetryPolicy, RetryQuota, quota_of, reset_quotas
 from aiokv.wire import TOKEN_PATH
 
 

@@ -13,6 +13,8 @@ import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
+from aiokv.backends.http.options import HttpOptions
+from aiokv.backends.http.retry import RetryPolicy
 from aiokv.errors import (
     CallError,
     CallTimeoutError,
@@ -23,8 +25,6 @@ from aiokv.errors import (
     StoreClosedError,
     TransportError,
 )
-from aiokv.remote.options import HttpOptions
-from aiokv.remote.retry import RetryPolicy
 from aiokv.wire import MAX_ANSWER_BYTES, MAX_ERROR_BODY_BYTES
 
 # aiohttp warns of a longer body passed as bytes, since it is written in one piece.

@@ -12,7 +12,7 @@ from aiohttp import web
 from helpers import scripted_service
 
 from aiokv import AsyncKVStore, HedgePolicy, HttpOptions
-from aiokv.remote.backend import RemoteBackend
+from aiokv.backends.http.backend import RemoteBackend
 from aiokv.wire import TOKEN_PATH
 
 AT_ONCE = 100

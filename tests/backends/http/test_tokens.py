@@ -14,6 +14,11 @@ from aiohttp import web
 from helpers import FakeClock, Recorded, no_wait, scripted_service
 from yarl import URL
 
+from aiokv.backends.http.auth import parse_token
+from aiokv.backends.http.backend import RemoteBackend
+from aiokv.backends.http.options import Credentials, HttpOptions
+from aiokv.backends.http.retry import RetryPolicy
+from aiokv.backends.http.transport import Answer
 from aiokv.errors import (
     AuthenticationError,
     CallError,
@@ -25,11 +30,6 @@ from aiokv.errors import (
     TransportError,
     UnavailableError,
 )
-from aiokv.remote.auth import parse_token
-from aiokv.remote.backend import RemoteBackend
-from aiokv.remote.options import Credentials, HttpOptions
-from aiokv.remote.retry import RetryPolicy
-from aiokv.remote.transport import Answer
 from aiokv.wire import TOKEN_PATH
 
 KEY = "account:hunter2"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-import aiokv.opening
+import aiokv.backends.registry
 from aiokv import AsyncKVStore, StorageError
 from aiokv.backends.memory import MemoryBackend
 
@@ -71,7 +71,7 @@ def watched_store(clock: Callable[[], float] = time.time) -> tuple[WatchedBacken
     """Make a store that nobody else has, with its backend."""
     backend = WatchedBackend(clock)
     name = f"watched-{next(_numbers)}"
-    aiokv.opening._memory_backends[name] = backend
+    aiokv.backends.registry._memory_backends[name] = backend
     return backend, AsyncKVStore("db", url=f"memory://{name}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import pytest
 
-import aiokv.opening
+import aiokv.backends.registry
 import aiokv.store
 from aiokv import (
     AsyncKVStore,
@@ -109,7 +109,7 @@ class CountingBackend(MemoryBackend):
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> tuple[CountingBackend, str]:
     backend = CountingBackend()
-    monkeypatch.setitem(aiokv.opening._memory_backends, request.node.name[:20], backend)
+    monkeypatch.setitem(aiokv.backends.registry._memory_backends, request.node.name[:20], backend)
     return backend, f"memory://{request.node.name[:20]}"
 
 

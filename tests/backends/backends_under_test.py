@@ -9,9 +9,9 @@ from helpers import FakeClock
 from yarl import URL
 
 from aiokv.backends.base import Backend
+from aiokv.backends.http.backend import RemoteBackend
 from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.sqlite import SqliteBackend
-from aiokv.remote.backend import RemoteBackend
 from aiokv.server import AccessFile, add_key, running_server
 
 Opener = Callable[[Path, FakeClock], AbstractAsyncContextManager[Backend]]

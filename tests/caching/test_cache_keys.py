@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from aiokv.caching.keys import MAX_PREFIX_CHARS, KeyMaker, Unencodable, encode
 
-GOLDEN: dict[str, dict[str, str]] = json.loads((REPOSITORY / "tests" / "golden_keys.json").read_text())
+GOLDEN: dict[str, dict[str, str]] = json.loads((REPOSITORY / "tests" / "caching" / "golden_keys.json").read_text())
 SECRET = "s3cr3t-value"
 Function = Callable[..., Coroutine[None, None, object]]
 
@@ -168,7 +168,7 @@ def test_key_is_what_it_has_always_been(name: str) -> None:
 
 @pytest.mark.parametrize(("seed", "zone"), [("0", "UTC"), ("1", "Asia/Kathmandu"), ("4242", "America/New_York")])
 def test_keys_are_the_same_in_every_process(seed: str, zone: str) -> None:
-    environment = {**os.environ, "PYTHONHASHSEED": seed, "TZ": zone, "PYTHONPATH": str(REPOSITORY / "tests")}
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "TZ": zone, "PYTHONPATH": str(REPOSITORY / "tests" / "caching")}
     program = "import sys, golden_values; sys.stdout.write(golden_values.computed_text())"
     answer = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],

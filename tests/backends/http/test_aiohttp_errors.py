@@ -14,9 +14,9 @@ from aiohttp.client_exceptions import UnixClientConnectorError
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from aiokv.backends.http.retry import RetryPolicy
+from aiokv.backends.http.transport import MEANINGS, Timeouts, translated
 from aiokv.errors import CallError, CallTimeoutError, ConnectError, ResponseError, TransportError
-from aiokv.remote.retry import RetryPolicy
-from aiokv.remote.transport import MEANINGS, Timeouts, translated
 
 # A server's, a multipart body's, and a WebSocket's: no client of this protocol meets them.
 OF_OTHERS = {

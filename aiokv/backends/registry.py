@@ -5,12 +5,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aiokv.backends.base import Backend
+from aiokv.backends.http.hedge import HedgePolicy
+from aiokv.backends.http.options import Credentials, HttpOptions
+from aiokv.backends.http.retry import RetryPolicy
 from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.observed import ObservedBackend
 from aiokv.errors import ConfigurationError
-from aiokv.remote.hedge import HedgePolicy
-from aiokv.remote.options import Credentials, HttpOptions
-from aiokv.remote.retry import RetryPolicy
 from aiokv.telemetry import Observer
 
 DEFAULT_URL = "https://kv.fal.media"
@@ -104,7 +104,7 @@ def preload(url: str) -> None:
         url: A URL of any form.
     """
     if url.lower().startswith(("http://", "https://")):
-        import aiokv.remote.backend  # noqa: F401, PLC0415
+        import aiokv.backends.http.backend  # noqa: F401, PLC0415
 
 
 def open_backend(
@@ -136,7 +136,7 @@ def open_backend(
         return SqliteBackend(_sqlite_path(url))
     from yarl import URL  # noqa: PLC0415
 
-    from aiokv.remote.backend import RemoteBackend  # noqa: PLC0415
+    from aiokv.backends.http.backend import RemoteBackend  # noqa: PLC0415
 
     return RemoteBackend(URL(url), credentials=credentials, options=http)
 
@@ -157,7 +157,7 @@ def tailored(
         The backend itself, or one in front of it.
     """
     if check_url(url) in {"http", "https"}:
-        from aiokv.remote.backend import RemoteBackend  # noqa: PLC0415
+        from aiokv.backends.http.backend import RemoteBackend  # noqa: PLC0415
 
         if isinstance(backend, RemoteBackend):
             backend = backend.with_options(retry, hedge)

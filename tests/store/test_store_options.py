@@ -11,8 +11,8 @@ from aiohttp import web
 from helpers import scripted_service
 
 from aiokv import AsyncKVStore, Event, HedgePolicy, RetryPolicy
+from aiokv.backends.registry import open_backend
 from aiokv.errors import CallTimeoutError, UnavailableError
-from aiokv.opening import open_backend
 
 
 class Service:

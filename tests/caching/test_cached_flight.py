@@ -624,9 +624,9 @@ async def leave(fails, count=3):
                 def __init__(self, backend): self.backend = backend
                 def __getattr__(self, name): return getattr(self.backend, name)
                 async def set(self, *_): await asyncio.sleep(60)
-            import aiokv.opening
+            import aiokv.backends.registry
             from aiokv.backends.memory import MemoryBackend
-            aiokv.opening._memory_backends["script"] = Held(MemoryBackend())
+            aiokv.backends.registry._memory_backends["script"] = Held(MemoryBackend())
             async def main():
                 await slow(False)
                 await slow.refresh(False)

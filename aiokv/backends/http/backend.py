@@ -9,12 +9,12 @@ from typing import NamedTuple, Self
 
 from yarl import URL
 
+from aiokv.backends.http.auth import Token, TokenSource, choose_credentials, parse_token, token_url
+from aiokv.backends.http.hedge import HedgePolicy, Hedger
+from aiokv.backends.http.options import Credentials, HttpOptions
+from aiokv.backends.http.retry import QUOTA_TOKENS, SUCCESS_TOKENS, RetryPolicy, quota_of, retry
+from aiokv.backends.http.transport import Answer, Timeouts, Transport
 from aiokv.errors import CallError, CallTimeoutError, ResponseError
-from aiokv.remote.auth import Token, TokenSource, choose_credentials, parse_token, token_url
-from aiokv.remote.hedge import HedgePolicy, Hedger
-from aiokv.remote.options import Credentials, HttpOptions
-from aiokv.remote.retry import QUOTA_TOKENS, SUCCESS_TOKENS, RetryPolicy, quota_of, retry
-from aiokv.remote.transport import Answer, Timeouts, Transport
 from aiokv.telemetry import TokenRenewed, detached
 from aiokv.wire import (
     METHODS,

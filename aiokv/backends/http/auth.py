@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 import orjson
 from yarl import URL
 
+from aiokv.backends.http.options import Credentials, check_key_form
+from aiokv.backends.http.transport import Answer
 from aiokv.errors import (
     AioKVError,
     CallError,
@@ -28,8 +30,6 @@ from aiokv.errors import (
     ResponseError,
     StoreClosedError,
 )
-from aiokv.remote.options import Credentials, check_key_form
-from aiokv.remote.transport import Answer
 from aiokv.wire import TOKEN_PATH, is_loopback, parse_http_date
 
 logger = logging.getLogger("aiokv")

@@ -18,6 +18,9 @@ from aiohttp import web
 from helpers import Recorded, no_wait, scripted_service
 from yarl import URL
 
+from aiokv.backends.http.backend import RemoteBackend
+from aiokv.backends.http.options import HttpOptions
+from aiokv.backends.http.retry import RetryPolicy
 from aiokv.errors import (
     AuthenticationError,
     CallError,
@@ -31,9 +34,6 @@ from aiokv.errors import (
     UnavailableError,
     ValueTooLargeError,
 )
-from aiokv.remote.backend import RemoteBackend
-from aiokv.remote.options import HttpOptions
-from aiokv.remote.retry import RetryPolicy
 from aiokv.wire import MAX_ANSWER_BYTES, TOKEN_PATH
 
 VERBS = ["get", "set", "delete"]

@@ -18,9 +18,9 @@ from helpers import clean_environment, scripted_service
 from yarl import URL
 
 from aiokv import AsyncKVStore
+from aiokv.backends.http.auth import FalCredentials, KeyCredentials, Token, choose_credentials, find_fal_key, token_url
+from aiokv.backends.http.backend import RemoteBackend
 from aiokv.errors import ConfigurationError, CredentialsError
-from aiokv.remote.auth import FalCredentials, KeyCredentials, Token, choose_credentials, find_fal_key, token_url
-from aiokv.remote.backend import RemoteBackend
 
 SECRET = "hunter2"
 
