@@ -13,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from aiokv import AsyncKVStore
+    from aiokv.testing import MovableClock
     from aiokv.testing.background import FlakyKV, KVServer
 
 
@@ -33,6 +34,15 @@ def kv_server(request: pytest.FixtureRequest) -> "Iterator[KVServer]":
 
 
 @pytest.fixture
+def kv_clock() -> "Iterator[MovableClock]":
+    """The time of aiokv: `kv_clock.advance(3600)` moves it at once; see `aiokv.testing.movable_clock`."""
+    from aiokv.testing import movable_clock  # noqa: PLC0415 (see above)
+
+    with movable_clock() as clock:
+        yield clock
+
+
+@pytest.fixture
 def kv_store(kv_server: "KVServer", monkeypatch: pytest.MonkeyPatch) -> "AsyncKVStore":
     """An `AsyncKVStore` of a namespace of its own at `kv_server`; `AIOKV_KEY` is unset for the test."""
     from aiokv import AsyncKVStore  # noqa: PLC0415 (see above)
@@ -50,10 +60,10 @@ def flaky_kv(kv_server: "KVServer", kv_store: "AsyncKVStore") -> "Iterator[Flaky
     """
     from aiokv import AsyncKVStore  # noqa: PLC0415 (see above)
     from aiokv.backends.http.retry import reset_quotas  # noqa: PLC0415 (see above)
-    from aiokv.testing import FaultProxy, without_waits  # noqa: PLC0415 (see above)
+    from aiokv.testing import FaultProxy, disable_backoff  # noqa: PLC0415 (see above)
     from aiokv.testing.background import FLAKY_RETRY, FlakyKV, in_thread  # noqa: PLC0415 (see above)
 
     # Another test may have spent the quota of a port that has come round again.
     reset_quotas()
-    with without_waits(), in_thread(lambda: FaultProxy(kv_server.url)) as proxy:
+    with disable_backoff(), in_thread(lambda: FaultProxy(kv_server.url)) as proxy:
         yield FlakyKV(AsyncKVStore(kv_store.db_name, url=proxy.url, retry=FLAKY_RETRY), proxy)

@@ -1,14 +1,12 @@
 """aiokv: an expiring key-value store that you await, in fal's service, a server of your own, or an embedded file."""
 
+from typing import TYPE_CHECKING
+
+from aiokv.backends.base import Backend
 from aiokv.backends.http.hedge import HedgePolicy
 from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import RetryPolicy
-from aiokv.caching.cache import CacheInfo, cache_bypass, cache_refresh
-from aiokv.caching.codec import JSON, Codec, Encrypted, Zstd
-from aiokv.caching.decorator import CachedFunction, Peeked, kv_cached
-from aiokv.caching.many import CachedManyFunction, kv_cached_many
-from aiokv.caching.near import NearCache
-from aiokv.caching.options import CacheEvent
+from aiokv.default_store import default_store, set_default_store
 from aiokv.errors import (
     AioKVError,
     AuthenticationError,
@@ -31,8 +29,18 @@ from aiokv.errors import (
     ValueTooLargeError,
 )
 from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_TTL_SECONDS, MAX_VALUE_BYTES, MIN_TTL_SECONDS
-from aiokv.store import AsyncKVStore, default_store, set_default_store
+from aiokv.store import AsyncKVStore
+from aiokv.target import Target
 from aiokv.telemetry import CallEnded, CallHedged, CallRetried, CallStarted, Event, Observer, TokenRenewed
+
+if TYPE_CHECKING:
+    from aiokv.caching.codecs import JSON, Codec, Encrypted, Zstd
+    from aiokv.caching.decorator import CachedFunction, kv_cached
+    from aiokv.caching.events import CacheEvent, CacheInfo
+    from aiokv.caching.many import CachedManyFunction, kv_cached_many
+    from aiokv.caching.modes import cache_bypass, cache_refresh
+    from aiokv.caching.near import NearCache
+    from aiokv.caching.peeked import Peeked
 
 __all__ = [
     "DEFAULT_TTL_SECONDS",
@@ -43,6 +51,7 @@ __all__ = [
     "AioKVError",
     "AsyncKVStore",
     "AuthenticationError",
+    "Backend",
     "BatchError",
     "CacheEvent",
     "CacheInfo",
@@ -74,6 +83,7 @@ __all__ = [
     "StorageError",
     "StorageFullError",
     "StoreClosedError",
+    "Target",
     "ThrottledError",
     "TokenRenewed",
     "TransportError",
@@ -87,3 +97,20 @@ __all__ = [
     "kv_cached_many",
     "set_default_store",
 ]
+
+
+if not TYPE_CHECKING:
+    # A program that only uses stores does not pay for the caching decorators, which are more than half of the package. Type
+    # checkers see the imports above alone, and so know a name that is not there.
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            from importlib import import_module  # noqa: PLC0415
+
+            for module in ("decorator", "many", "codecs", "modes", "events"):
+                home = vars(import_module(f"aiokv.caching.{module}"))
+                if name in home:
+                    return globals().setdefault(name, home[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -2,11 +2,9 @@
 
 import argparse
 import asyncio
-import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from aiokv.errors import AioKVError
 from aiokv.limits import MAX_VALUE_BYTES, check_value_size
@@ -39,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 the key is absent, 2 failed.
     """
     options = _parser().parse_args(arguments)
+    import logging  # noqa: PLC0415 (after the arguments: `--help` needs none of it)
+
     logging.basicConfig(format="aiokv: %(message)s", level=logging.WARNING)
     try:
         return int(options.run(options))
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aiokv", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="version", version=f"aiokv {version('aiokv')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     serve = commands.add_parser(
@@ -112,6 +112,16 @@ def _parser() -> argparse.ArgumentParser:
     delete = _entry_command(commands, "delete", "remove an entry, if there is one")
     delete.set_defaults(run=_delete)
     return parser
+
+
+class _Version(argparse.Action):
+    """Print the version; reading it takes longer than all else that the command line does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version  # noqa: PLC0415 (see above)
+
+        print(f"aiokv {version('aiokv')}")
+        parser.exit()
 
 
 def _entry_command(

@@ -5,8 +5,8 @@ AioKVError
 ├── ConfigurationError (ValueError)      a URL, option, access file or TLS setting that cannot work
 │   └── CredentialsError                 credentials missing, malformed, or not for that host
 ├── DecodeError (ValueError)             get_json met a value that is not JSON
-├── BatchError                           a *_many call of which a part failed; holds the part that did not
-└── CallError                            a get, set or delete that failed; bears the fields below
+├── BatchError                           a part of a *_many call failed; holds the results of the rest
+└── CallError                            a get, set or delete failed; has the fields below
     ├── ValueTooLargeError (ValueError)  over the limit, found before any I/O or answered as 413
     ├── ConnectError                     no connection was made, so nothing was sent
     ├── TransportError                   the connection broke while the request was under way
@@ -14,11 +14,11 @@ AioKVError
     │   └── PoolTimeoutError             no connection of the pool came free in time; nothing was sent
     ├── AuthenticationError              401 or 403: the credentials were refused
     ├── ThrottledError                   429: too many requests
-    ├── RejectedError                    any other answer that says no: 4xx, or a redirect
+    ├── RejectedError                    any other refusal: 4xx, or a redirect
     ├── UnavailableError                 5xx: the service failed
-    ├── ResponseError                    an answer that this protocol does not know
+    ├── ResponseError                    the answer is not of this protocol
     ├── StorageError                     an embedded store cannot read or write its file
-    │   └── StorageFullError             its disk has no room left; nothing was stored
+    │   └── StorageFullError             its disk is full; nothing was stored
     └── StoreClosedError                 the store was closed while the call was under way
 ```
 
@@ -28,41 +28,41 @@ A bad argument is a plain `ValueError` or `TypeError`, raised before any I/O.
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
-MAX_SHOWN_KEY_CHARS = 100
+MAX_PRINTED_KEY_CHARS = 100
 
 
 class AioKVError(Exception):
-    """Be the root of every exception that aiokv raises on purpose."""
+    """The root of every exception that aiokv raises on purpose."""
 
 
 class ConfigurationError(AioKVError, ValueError):
-    """Say that a URL, an option or a file that configures aiokv cannot work."""
+    """A URL, an option or a file that configures aiokv cannot work."""
 
 
 class CredentialsError(ConfigurationError):
-    """Say that credentials are missing, malformed, or not meant for the host in question."""
+    """Credentials are missing, malformed, or not meant for the host."""
 
 
 class DecodeError(AioKVError, ValueError):
-    """Say that a stored value is not the JSON that `get_json` expects; the value itself is not shown."""
+    """A stored value is not the JSON that `get_json` expects; the message does not show the value."""
 
 
 class CallError(AioKVError):
-    """Say that one get, set or delete failed, and all that is known of it.
+    """One get, set or delete failed; the fields hold everything that is known about it.
 
     Args:
-        reason: What went wrong, in one phrase, without a value, token or secret.
-        verb: `"get"`, `"set"` or `"delete"`; empty where no single call is concerned.
+        reason: The cause in one phrase, without a value, token or secret.
+        verb: `"get"`, `"set"` or `"delete"`; empty where the error is not of a single call.
         db_name: The store's namespace.
         key: The key, whole; the message shows at most 100 characters of it.
-        host: Host and port that was called; empty for an embedded store.
+        host: Host and port of the service; empty for an embedded store.
         status: The HTTP status, or None where there was no answer.
-        attempts: How many times the call was tried; 0 where it failed before any I/O.
+        attempts: How often the call was tried; 0 where it failed before any I/O.
         elapsed: Seconds from the call's start to this error.
         retry_after: Seconds that the service asked to wait, or None.
-        request_id: The service's own name for the request, or None.
+        request_id: The service's identifier of the request, or None.
         maybe_applied: True on a write whose outcome is unknown: it may or may not be in the store.
-        transient: Whether the same call may succeed later without a change; None takes the class's answer.
+        transient: Whether the same call may succeed later without a change; None takes the class's default.
     """
 
     transient_by_default: ClassVar[bool] = False
@@ -98,7 +98,7 @@ class CallError(AioKVError):
         self.transient = self.transient_by_default if transient is None else transient
 
     def __str__(self) -> str:
-        call = f"{self.verb} {shown(self.key)} in db {shown(self.db_name)}" if self.verb else ""
+        call = f"{self.verb} {truncated(self.key)} in db {truncated(self.db_name)}" if self.verb else ""
         where = f"at {self.host}" if self.host else ""
         subject = " ".join(part for part in (call, where) if part)
         facts: list[str] = []
@@ -119,80 +119,80 @@ class CallError(AioKVError):
 
 
 class ValueTooLargeError(CallError, ValueError):
-    """Say that a value exceeds what the store accepts; nothing was stored."""
+    """The value is larger than the store accepts; nothing was stored."""
 
 
 class ConnectError(CallError):
-    """Say that no connection could be made; nothing was sent."""
+    """No connection could be made; nothing was sent."""
 
     transient_by_default = True
 
 
 class TransportError(CallError):
-    """Say that the connection broke while the request was under way."""
+    """The connection broke while the request was under way."""
 
     transient_by_default = True
 
 
 class CallTimeoutError(CallError, TimeoutError):
-    """Say that no answer came within the time allowed."""
+    """No answer came within the time allowed."""
 
     transient_by_default = True
 
 
 class PoolTimeoutError(CallTimeoutError):
-    """Say that every connection of the pool stayed busy until the deadline; nothing was sent."""
+    """Every connection of the pool stayed busy until the deadline; nothing was sent."""
 
     transient_by_default = False
 
 
 class AuthenticationError(CallError):
-    """Say that the service refused the credentials (401 or 403)."""
+    """The service refused the credentials (401 or 403)."""
 
 
 class ThrottledError(CallError):
-    """Say that the service asked to slow down (429)."""
+    """The service asked to slow down (429)."""
 
     transient_by_default = True
 
 
 class RejectedError(CallError):
-    """Say that the service refused the request as it stands (another 4xx, or a redirect, which is never followed)."""
+    """The service refused the request (another 4xx, or a redirect, which is never followed)."""
 
 
 class UnavailableError(CallError):
-    """Say that the service failed (5xx)."""
+    """The service failed (5xx)."""
 
 
 class ResponseError(CallError):
-    """Say that an answer came which this protocol does not know, such as a 200 that is not JSON."""
+    """The answer is not of this protocol, such as a 200 that is not JSON."""
 
 
 class StorageError(CallError):
-    """Say that an embedded store could not read or write its file."""
+    """An embedded store could not read or write its file."""
 
 
 class StorageFullError(StorageError):
-    """Say that an embedded store's disk has no room left; nothing was stored."""
+    """An embedded store's disk is full; nothing was stored."""
 
 
 class StoreClosedError(CallError):
-    """Say that the store was closed while this call was under way."""
+    """The store was closed while this call was under way."""
 
 
 class BatchError(AioKVError):
-    """Say that a part of a `*_many` call failed; after the first failure no further key was begun.
+    """A part of a `*_many` call failed; after the first failure no further key was started.
 
     Args:
-        errors: Each failed key with its error; a failed write's `maybe_applied` says whether it may be in the store.
+        errors: Each failed key with its error; `maybe_applied` of a failed write is true where it may be in the store.
         results: Each key that succeeded, with its result (None for writes).
-        not_attempted: The keys that were never begun.
+        not_attempted: The keys that were not started.
     """
 
     def __init__(
         self, errors: Mapping[str, Exception], results: Mapping[str, str | None], not_attempted: Sequence[str]
     ) -> None:
-        # Not as arguments of the exception: tools print those, and with them the values that were read.
+        # Not as arguments of the exception: tools print those, and the results hold values.
         super().__init__()
         self.errors = dict(errors)
         self.results = dict(results)
@@ -212,8 +212,8 @@ class BatchError(AioKVError):
         return f"BatchError({self})"
 
 
-def shown(text: str) -> str:
-    """Quote `text` for a message, cut at 100 characters.
+def truncated(text: str) -> str:
+    """Return a text quoted for a message, cut at 100 characters.
 
     Args:
         text: A key or a name of any length and content.
@@ -221,4 +221,4 @@ def shown(text: str) -> str:
     Returns:
         Its `repr`, with an ellipsis where it was cut.
     """
-    return repr(text) if len(text) <= MAX_SHOWN_KEY_CHARS else f"{text[:MAX_SHOWN_KEY_CHARS]!r}..."
+    return repr(text) if len(text) <= MAX_PRINTED_KEY_CHARS else f"{text[:MAX_PRINTED_KEY_CHARS]!r}..."

@@ -1,14 +1,14 @@
-"""What the service accepts, checked once, for both sides of the wire.
+"""The limits of the service, checked once, for both sides of the wire.
 
 Source: fal's documentation "Use KV Store" for the value's size and the TTL; RFC 9110 section 4.1 and the common server
-limit of 8,190 bytes for a request line. Where the service's own limit is unknown, the strictest known reading is taken,
+limit of 8,190 bytes for a request line. Where the service's own limit is unknown, the strictest known one is taken,
 so that a program that works against one store works against all of them.
 """
 
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from urllib.parse import quote
 
-from aiokv.errors import ValueTooLargeError, shown
+from aiokv.errors import ValueTooLargeError, truncated
 
 MAX_VALUE_BYTES = 1_900_000
 """Largest value, in bytes of UTF-8 ("1.9 MB" in the service's documentation)."""
@@ -21,7 +21,7 @@ MAX_ENTRY_PATH_BYTES = 8_000
 """Largest `db_name` and `key` together, percent-encoded; verb, TTL and a prefix fill the rest of a request line of 8,190."""
 
 # Python refuses to write out an int of thousands of digits.
-_SHOWN_TTL_BOUND = 10**15
+_MAX_PRINTED_TTL = 10**15
 # One character is at most four bytes of UTF-8, and a byte at most three when percent-encoded.
 _MAX_QUOTED_BYTES_PER_CHAR = 12
 
@@ -39,10 +39,10 @@ def check_db_name(db_name: str) -> None:
     _check_name("db_name", db_name)
     if "/" in db_name:
         raise ValueError(
-            f"db_name {shown(db_name)} contains '/', which ends a db_name in the service's paths; "
+            f"db_name {truncated(db_name)} contains '/', which ends a db_name in the service's paths; "
             "use another separator, such as '.' or '-'"
         )
-    _check_fits("db_name", len(quote(db_name, safe="")))
+    _check_fits("db_name", db_name)
 
 
 def check_entry(db_name: str, key: str) -> None:
@@ -58,14 +58,37 @@ def check_entry(db_name: str, key: str) -> None:
     """
     _check_name("key", key)
     if (len(db_name) + len(key)) * _MAX_QUOTED_BYTES_PER_CHAR > MAX_ENTRY_PATH_BYTES:
-        _check_fits("key", len(quote(db_name, safe="")) + len(quote(key, safe="")))
+        _check_fits("key", db_name + key)
 
 
-def check_value(value: str) -> None:
+def check_entries(db_name: str, keys: Iterable[str]) -> list[str]:
+    """Check several keys.
+
+    Args:
+        db_name: A checked namespace.
+        keys: Keys as for `check_entry`.
+
+    Returns:
+        The keys, each once, in the order of first appearance.
+
+    Raises:
+        TypeError: A key is not a string, or `keys` is one.
+        ValueError: A key is not acceptable.
+    """
+    if isinstance(keys, str):
+        raise TypeError("keys must be an iterable of str, not one str; put it in a list")
+    unique = list(dict.fromkeys(keys))
+    for key in unique:
+        check_entry(db_name, key)
+    return unique
+
+
+def check_value(value: str, name: str = "value") -> None:
     """Check a value.
 
     Args:
         value: Any text of at most 1,900,000 bytes of UTF-8.
+        name: What messages call it, such as `value of 'key'`.
 
     Raises:
         TypeError: It is not a string.
@@ -74,29 +97,56 @@ def check_value(value: str) -> None:
     """
     if not isinstance(value, str):
         raise TypeError(
-            f"value must be str, not {type(value).__name__}; for other types use set_json, or encode it to text first"
+            f"{name} must be str, not {type(value).__name__}; for other types use set_json, or encode it to text first"
         )
-    check_value_size(len(value) if value.isascii() else len(_utf8("value", value)))
+    check_value_size(len(value) if value.isascii() else len(_utf8(name, value)), name)
 
 
-def check_value_size(size_bytes: int) -> None:
+def check_values(values: Mapping[str, str]) -> None:
+    """Check several values.
+
+    Args:
+        values: Each value by its key.
+
+    Raises:
+        TypeError: As for `check_value`; the message names the key.
+        ValueError: As for `check_value`; the message names the key.
+        ValueTooLargeError: As for `check_value`; the message and the error's `key` name the key.
+    """
+    for key, value in values.items():
+        try:
+            check_value(value)
+        except (TypeError, ValueError):
+            name = f"value of {truncated(key)}"
+        else:
+            continue
+        # Again, for a message with the key in it.
+        try:
+            check_value(value, name)
+        except ValueTooLargeError as error:
+            error.key = key
+            raise
+
+
+def check_value_size(size_bytes: int, name: str = "value") -> None:
     """Check a value's size.
 
     Args:
         size_bytes: The value's length in bytes of UTF-8.
+        name: What messages call the value.
 
     Raises:
         ValueTooLargeError: It is larger than 1,900,000 bytes.
     """
     if size_bytes > MAX_VALUE_BYTES:
         raise ValueTooLargeError(
-            f"value is {size_bytes:,} bytes of UTF-8, over the limit of {MAX_VALUE_BYTES:,} bytes; "
+            f"{name} is {size_bytes:,} bytes of UTF-8, over the limit of {MAX_VALUE_BYTES:,} bytes; "
             "compress it, split it over several keys, or store it elsewhere and keep its address here"
         )
 
 
 def check_ttl(ttl: int | timedelta | None) -> int:
-    """Check a time to live and give it in seconds.
+    """Check a time to live and return it in seconds.
 
     Args:
         ttl: Whole seconds from 60 to 2,592,000 (30 days), a `timedelta` of the same range, or None for 30 days.
@@ -116,10 +166,10 @@ def check_ttl(ttl: int | timedelta | None) -> int:
     elif isinstance(ttl, int) and not isinstance(ttl, bool):
         seconds = ttl
     else:
-        # A ValueError for a wrong type too: every ttl that is refused can be caught as one exception.
+        # A ValueError for a wrong type too: one exception for every ttl that is refused.
         raise ValueError(f"ttl must be int seconds, a timedelta or None, not {type(ttl).__name__}")  # noqa: TRY004
     if not MIN_TTL_SECONDS <= seconds <= MAX_TTL_SECONDS:
-        given = f"{seconds:,}" if abs(seconds) < _SHOWN_TTL_BOUND else "a number far from that"
+        given = f"{seconds:,}" if abs(seconds) < _MAX_PRINTED_TTL else "a number far from that"
         raise ValueError(
             f"ttl must be from {MIN_TTL_SECONDS} to {MAX_TTL_SECONDS:,} seconds (1 minute to 30 days), not {given}"
         )
@@ -134,12 +184,17 @@ def _check_name(argument: str, name: str) -> None:
     if name in {".", ".."}:
         raise ValueError(f"{argument} must not be {name!r}: proxies drop such path segments; add a prefix")
     if "\0" in name:
-        raise ValueError(f"{argument} {shown(name)} contains NUL, which no request line may carry")
+        raise ValueError(f"{argument} {truncated(name)} contains NUL, which no request line may carry")
     if not name.isascii():
         _utf8(argument, name)
 
 
-def _check_fits(argument: str, size_bytes: int) -> None:
+def _check_fits(argument: str, text: str) -> None:
+    if len(text) * _MAX_QUOTED_BYTES_PER_CHAR <= MAX_ENTRY_PATH_BYTES:
+        return
+    from urllib.parse import quote  # noqa: PLC0415 (costly to import)
+
+    size_bytes = len(quote(text, safe=""))
     if size_bytes > MAX_ENTRY_PATH_BYTES:
         raise ValueError(
             f"{argument} is too long for a request line: db_name and key are {size_bytes:,} bytes percent-encoded, "

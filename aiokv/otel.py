@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
-from aiokv.caching.options import CacheEvent
+from aiokv.caching.events import CacheEvent
 from aiokv.errors import AioKVError, CallError
 from aiokv.telemetry import CallEnded, CallHedged, CallRetried, CallStarted, Event, TokenRenewed
 

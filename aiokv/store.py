@@ -1,28 +1,37 @@
 """`AsyncKVStore`: the store that users await, whatever holds its values."""
 
 import asyncio
+import contextlib
 import copy
-import os
-import threading
 import weakref
 from asyncio import get_running_loop
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping
 from datetime import timedelta
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self
 
 import orjson
 
-from aiokv.backends.base import Backend
+from aiokv import pooling
+from aiokv.backends.base import Backend, check_backend
 from aiokv.backends.http.hedge import HedgePolicy
-from aiokv.backends.http.options import Credentials, HttpOptions, check_key_form
+from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import RetryPolicy
-from aiokv.backends.registry import check_url, identity_of, open_backend, preload, resolve_url, shown_url, tailored
-from aiokv.errors import AioKVError, BatchError, DecodeError, shown
-from aiokv.limits import check_db_name, check_entry, check_ttl, check_value
+from aiokv.backends.observed import ObservedBackend
+from aiokv.backends.registry import (
+    canonical_url,
+    check_url,
+    open_backend,
+    preload,
+    redacted_url,
+    resolve_url,
+    with_client_options,
+)
+from aiokv.backends.scheme import ClientOptions, refuse_with_backend
+from aiokv.batch import call_each
+from aiokv.errors import AioKVError, DecodeError, truncated
+from aiokv.limits import check_db_name, check_entries, check_entry, check_ttl, check_value, check_values
+from aiokv.target import Target, TargetAttribute
 from aiokv.telemetry import Observer
-
-T = TypeVar("T")
 
 DEFAULT_CONCURRENCY = 32
 
@@ -31,28 +40,38 @@ class AsyncKVStore:
     """A key-value store of strings, every entry of which expires.
 
     Nothing is opened before the first call. One store may be used by many tasks, in several event loops and threads, and
-    after a fork: connections belong to the loop and the process that opened them, and all stores of one configuration share
-    them. `async with` or `aclose` give them back, as does the end of the loop in `asyncio.run`; a later call opens them anew.
+    after a fork. Connections belong to the loop and the process that opened them; all stores of one configuration share them.
+    `async with` and `aclose` close them, as does the end of the loop in `asyncio.run`; a later call opens them anew.
     A store that is dropped without either leaves them to the next one of its configuration, until the loop ends.
-    A store can be pickled: its configuration travels, credentials and an observer that were passed to it among it, which must
-    be such as can be pickled; its connections do not.
+    A store can be pickled: its configuration travels, its connections do not. Credentials, an observer and a backend that
+    were passed to it travel too, and must be such as can be pickled.
 
     Args:
         db_name: The namespace: any non-empty text without `/` and NUL; each is isolated from every other.
         url: Where values live: `https://host`, `sqlite:///kv.db`, `memory://`. None takes the environment's `AIOKV_URL`,
             else fal's service, at the first call.
+        backend: Any object with the four methods of `Backend`, in place of a URL. Whoever made it closes it: `aclose` of the
+            store does not. The store works in every event loop and process that the backend works in.
         credentials: For `http(s)` URLs: `"<id>:<secret>"`, or an object with `async def authorization(self) -> str`.
             None takes fal's own credentials for fal's hosts, and the environment's `AIOKV_KEY` for any other.
         retry: For `http(s)` URLs: attempts, timeouts and waits.
         http: For `http(s)` URLs: the connection pool.
         hedge: For `http(s)` URLs: whether a `get` that is late is sent a second time, and when; `True` takes the defaults.
-        observer: Is told what happens to each call, as with `aiokv.otel.OpenTelemetryObserver()`; any function of one argument.
+        observer: Any function of one argument, called with each event of each call, such as
+            `aiokv.otel.OpenTelemetryObserver()`.
         concurrency: How many calls a `*_many` method makes at once, 1 or more.
 
     Raises:
-        TypeError: An argument is of another type.
+        TypeError: An argument is of another type, or `backend` comes with an argument that is for URLs alone.
         ValueError: `db_name` or `concurrency` is not acceptable.
         ConfigurationError: `url` is not acceptable, or `credentials` is a text of another form.
+    """
+
+    target = TargetAttribute()
+    """Which values this store means, as a hashable object: canonical URL, namespace and credentials.
+
+    Stores with equal targets are one store. It is computed at the first use and stays until the store is closed, whatever
+    becomes of the environment's `AIOKV_URL` and of the working directory meanwhile.
     """
 
     def __init__(  # noqa: PLR0913 (keywords, each with a default that serves)
@@ -60,6 +79,7 @@ class AsyncKVStore:
         db_name: str,
         *,
         url: str | None = None,
+        backend: Backend | None = None,
         credentials: str | Credentials | None = None,
         retry: RetryPolicy | None = None,
         http: HttpOptions | None = None,
@@ -70,29 +90,24 @@ class AsyncKVStore:
         check_db_name(db_name)
         if url is not None:
             check_url(url)
+        if backend is not None:
+            check_backend(backend)
+            refuse_with_backend(url=url, credentials=credentials, retry=retry, http=http, hedge=hedge or None)
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise ValueError(f"concurrency must be an int of 1 or more, not {concurrency!r}")
-        if isinstance(credentials, str):
-            check_key_form(credentials, "credentials")
-        elif credentials is not None and (isinstance(credentials, type) or not isinstance(credentials, Credentials)):
-            raise TypeError(
-                f"credentials must be '<id>:<secret>' or have `async def authorization`, not {type(credentials).__name__}"
-            )
-        _check_options(retry, hedge, observer)
-        if http is not None and not isinstance(http, HttpOptions):
-            raise TypeError(f"http must be HttpOptions, not {type(http).__name__}")
+        _check_observer(observer)
         self._db_name = db_name
         self._url = url
-        self._credentials = credentials
-        self._retry = RetryPolicy() if retry is None else retry
-        self._http = HttpOptions() if http is None else http
-        self._hedge = _hedge_policy(hedge)
+        self._backend = backend
+        self._client = ClientOptions.of_arguments(credentials, retry, http, hedge)
         self._observer = observer
         self._concurrency = concurrency
-        preload(self.url)
-        self._bound: _Bound = _UNBOUND
-        # Each with all that with_options has given of it: those of the stores that this one is of, and last its own.
-        self._families: tuple[weakref.WeakSet[AsyncKVStore], ...] = (weakref.WeakSet([self]),)
+        if backend is None:
+            preload(self.url)
+        self._binding: _Binding = _UNBOUND
+        self._target: Target | None = None
+        # For each store that this one was derived from, and last for itself: it and all that with_options derived from it.
+        self._derived: tuple[weakref.WeakSet[AsyncKVStore], ...] = (weakref.WeakSet([self]),)
 
     @property
     def db_name(self) -> str:
@@ -101,18 +116,20 @@ class AsyncKVStore:
 
     @property
     def url(self) -> str:
-        """Where values live, as far as this process knows now."""
-        return resolve_url(self._url)
+        """Where values live, as this process would resolve it now; for a backend that was passed in, its type."""
+        return resolve_url(self._url) if self._backend is None else f"backend://{type(self._backend).__name__}"
 
     def __repr__(self) -> str:
-        credentials = "" if self._credentials is None else ", credentials='***'"
-        return f"{type(self).__name__}({shown(self._db_name)}, url={shown_url(self.url)!r}{credentials})"
+        credentials = "" if self._client.credentials is None else ", credentials='***'"
+        return f"{type(self).__name__}({truncated(self._db_name)}, url={redacted_url(self.url)!r}{credentials})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": None, "_families": None}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in {"target", "_target", "_binding", "_derived"}
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _bound=_UNBOUND, _families=(weakref.WeakSet([self]),))
+        self.__dict__.update(state, _binding=_UNBOUND, _target=None, _derived=(weakref.WeakSet([self]),))
 
     async def __aenter__(self) -> Self:
         await self._open()
@@ -129,7 +146,7 @@ class AsyncKVStore:
         hedge: bool | HedgePolicy | None = None,
         observer: Observer | None = None,
     ) -> Self:
-        """Give a store that differs in what is said here and shares all else, connections included: for a few calls.
+        """Return a store with other options that shares everything else, connections included: for a few calls.
 
         Args:
             timeout: How long a call may take in all, in seconds or as a `timedelta`; more than 0.
@@ -138,27 +155,21 @@ class AsyncKVStore:
             observer: As for the constructor; None leaves it as it is.
 
         Returns:
-            The other store; it need not be closed, since closing this one closes it, too.
+            The other store. It need not be closed: closing this one closes it, too.
 
         Raises:
-            TypeError: An argument is of another type.
+            TypeError: An argument is of another type, or this store's backend was passed in and knows only `observer`.
             ValueError: `timeout` is not acceptable.
         """
-        _check_options(retry, False if hedge is None else hedge, observer)
-        policy = self._retry if retry is None else retry
-        if timeout is not None:
-            policy = policy.within(timeout)
+        _check_observer(observer)
+        if self._backend is not None:
+            refuse_with_backend(timeout=timeout, retry=retry, hedge=hedge)
+        client = self._client.derive(timeout, retry, hedge)
         other = copy.copy(self)
-        other.__dict__.update(
-            _bound=_UNBOUND,
-            _retry=policy,
-            _hedge=self._hedge if hedge is None else _hedge_policy(hedge),
-            _observer=self._observer if observer is None else observer,
-        )
-        with _lock:
-            for family in self._families:
-                family.add(other)
-        other._families = (*self._families, weakref.WeakSet([other]))  # noqa: SLF001 (of this class)
+        other.__dict__.update(_client=client, _observer=self._observer if observer is None else observer)
+        other._target = self._target  # noqa: SLF001 (of this class)
+        pooling.join(other, self._derived)
+        other._derived = (*self._derived, weakref.WeakSet([other]))  # noqa: SLF001 (of this class)
         return other
 
     async def get(self, key: str) -> str | None:
@@ -180,7 +191,7 @@ class AsyncKVStore:
         return await backend.get(self._db_name, key)
 
     async def set(self, key: str, value: str, ttl: int | timedelta | None = None) -> None:
-        """Store a value, in place of the one that is there; the last write wins.
+        """Store a value; replace the present one. The last write wins.
 
         Args:
             key: As for `get`.
@@ -191,19 +202,19 @@ class AsyncKVStore:
             TypeError: The key or the value is not a string; `set_json` takes other values.
             ValueError: The key, the value or the ttl is not acceptable; nothing was sent.
             ValueTooLargeError: The value is over the limit; nothing was stored.
-            CallError: The call failed; `maybe_applied` says whether the value may be stored all the same.
+            CallError: The call failed; `maybe_applied` is true where the value may be stored all the same.
         """
         check_entry(self._db_name, key)
         check_value(value)
         ttl_seconds = check_ttl(ttl)
         if type(value) is not str:
-            # Of a subclass only the text is stored, and so only that comes back, from any store.
+            # Only the text of a subclass is stored, so that every store returns the same.
             value = str.__str__(value)
         backend = self._backend_here() or await self._open()
         await backend.set(self._db_name, key, value, ttl_seconds)
 
     async def delete(self, key: str) -> None:
-        """Remove an entry; succeed where there is none.
+        """Delete an entry; succeed where there is none.
 
         Args:
             key: As for `get`.
@@ -211,7 +222,7 @@ class AsyncKVStore:
         Raises:
             TypeError: The key is not a string.
             ValueError: The key is not acceptable; nothing was sent.
-            CallError: The call failed; `maybe_applied` says whether the entry may be gone all the same.
+            CallError: The call failed; `maybe_applied` is true where the entry may be gone all the same.
         """
         check_entry(self._db_name, key)
         backend = self._backend_here() or await self._open()
@@ -222,7 +233,7 @@ class AsyncKVStore:
 
         Args:
             key: As for `get`.
-            default: What to give where the key is absent, to tell that from a stored `null`.
+            default: The result where the key is absent; tells it from a stored `null`.
 
         Returns:
             The decoded value, or `default`.
@@ -239,7 +250,9 @@ class AsyncKVStore:
         except orjson.JSONDecodeError as error:
             # Not chained: the decoder's error holds the whole value.
             place = f"line {error.lineno} column {error.colno}"
-        raise DecodeError(f"the value of {shown(key)} in db {shown(self._db_name)} is not JSON at {place}; read it with get")
+        raise DecodeError(
+            f"the value of {truncated(key)} in db {truncated(self._db_name)} is not JSON at {place}; read it with get"
+        )
 
     async def set_json(self, key: str, value: Any, ttl: int | timedelta | None = None) -> None:
         """Encode a value as JSON and store it.
@@ -261,14 +274,14 @@ class AsyncKVStore:
         except orjson.JSONEncodeError as error:
             reason = str(error)
         except UnicodeDecodeError:
-            # Of an orjson.Fragment; the error holds the value.
+            # From an orjson.Fragment; the error holds the value.
             reason = "it is not UTF-8"
         else:
             return await self.set(key, text, ttl)
         raise TypeError(f"value of type {type(value).__name__} cannot be encoded as JSON: {reason}")
 
     async def get_many(self, keys: Iterable[str]) -> dict[str, str | None]:
-        """Read several values at once; a key that stands twice is asked once.
+        """Read several values at once; a repeated key is read once.
 
         Args:
             keys: Keys as for `get`.
@@ -279,12 +292,12 @@ class AsyncKVStore:
         Raises:
             TypeError: A key is not a string, or `keys` is one.
             ValueError: A key is not acceptable; nothing was sent.
-            BatchError: A call failed; it holds every result that was had.
+            BatchError: A call failed; it holds the results of the calls that succeeded.
         """
-        return await self._each(self._check_keys(keys), self.get)
+        return await call_each(check_entries(self._db_name, keys), self.get, self._concurrency)
 
     async def set_many(self, values: Mapping[str, str], ttl: int | timedelta | None = None) -> None:
-        """Store several values at once, each for itself: there is no transaction.
+        """Store several values at once, each by a call of its own: there is no transaction.
 
         Args:
             values: Keys and values as for `set`.
@@ -292,18 +305,17 @@ class AsyncKVStore:
 
         Raises:
             TypeError: A key or a value is not a string.
-            ValueError: A key, a value or the ttl is not acceptable; nothing was sent.
-            BatchError: A call failed; it tells apart what was stored, what failed and what was not attempted.
+            ValueError: A key, a value or the ttl is not acceptable; the message names the key, and nothing was sent.
+            BatchError: A call failed; it lists the keys that were stored, that failed and that were not attempted.
         """
         values = dict(values)
         check_ttl(ttl)
-        keys = self._check_keys(values)
-        for value in values.values():
-            check_value(value)
-        await self._each(keys, lambda key: self.set(key, values[key], ttl))
+        keys = check_entries(self._db_name, values)
+        check_values(values)
+        await call_each(keys, lambda key: self.set(key, values[key], ttl), self._concurrency)
 
     async def delete_many(self, keys: Iterable[str]) -> None:
-        """Remove several entries at once; a key that stands twice is asked once.
+        """Delete several entries at once; a repeated key is deleted once.
 
         Args:
             keys: Keys as for `get`.
@@ -311,235 +323,68 @@ class AsyncKVStore:
         Raises:
             TypeError: A key is not a string, or `keys` is one.
             ValueError: A key is not acceptable; nothing was sent.
-            BatchError: A call failed; it tells apart what was removed, what failed and what was not attempted.
+            BatchError: A call failed; it lists the keys that were deleted, that failed and that were not attempted.
         """
-        await self._each(self._check_keys(keys), self.delete)
+        await call_each(check_entries(self._db_name, keys), self.delete, self._concurrency)
 
     async def aclose(self) -> None:
-        """Give back the running loop's connections, this store's and those of what `with_options` gave; safe to call twice.
+        """Close the running loop's connections, this store's and those of the stores derived by `with_options`.
 
-        Where this was the last store that shared them, calls of other tasks that are under way either finish or fail with
+        Safe to call twice. Connections stay open as long as another store shares them, and a backend that was passed in is
+        not closed. Where this was the last store, calls of other tasks that are under way finish or fail with
         `StoreClosedError`.
         """
-        loop, epoch, _, sharing_key = self._bound
-        self._bound = _UNBOUND
-        # What was opened, even where the environment names another store by now.
-        here = loop is get_running_loop() and epoch == _epoch
-        await _release(self._families[-1], sharing_key if here else self._sharing_key())
+        try:
+            sharing_key = self._sharing_key(self.target)
+        except AioKVError:
+            # The environment names no place, so nothing of this store alone can be open.
+            sharing_key = None
+        await pooling.release(self._derived[-1], sharing_key)
 
     def _unbind(self) -> None:
-        self._bound = _UNBOUND
-
-    def _check_keys(self, keys: Iterable[str]) -> list[str]:
-        if isinstance(keys, str):
-            raise TypeError("keys must be an iterable of str, not one str; put it in a list")
-        unique = list(dict.fromkeys(keys))
-        for key in unique:
-            check_entry(self._db_name, key)
-        return unique
-
-    async def _each(self, keys: list[str], call: Callable[[str], Awaitable[T]]) -> dict[str, T]:
-        remaining = iter(keys)
-        results: dict[str, T] = {}
-        errors: dict[str, Exception] = {}
-
-        async def work() -> None:
-            while not errors and (key := next(remaining, None)) is not None:
-                try:
-                    results[key] = await call(key)
-                except AioKVError as error:
-                    errors[key] = error
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._concurrency, len(keys))):
-                group.create_task(work())
-        if errors:
-            texts = {key: value if isinstance(value, str) else None for key, value in results.items()}
-            raise BatchError(errors, texts, list(remaining))
-        return {key: results[key] for key in keys}
+        self._binding = _UNBOUND
+        self._target = None
+        with contextlib.suppress(AttributeError):
+            object.__delattr__(self, "target")
 
     def _backend_here(self) -> Backend | None:
-        loop, epoch, backend, _ = self._bound
-        return backend if loop is get_running_loop() and epoch == _epoch else None
+        loop, generation, backend = self._binding
+        return backend if loop is get_running_loop() and generation == pooling.fork_generation else None
 
     async def _open(self) -> Backend:
-        sharing_key = self._sharing_key()
-        backend = await _acquire(
-            self,
-            sharing_key,
-            lambda: open_backend(self.url, credentials=self._credentials, http=self._http),
-        )
-        backend = tailored(backend, self.url, retry=self._retry, hedge=self._hedge, observer=self._observer)
-        self._bound = (get_running_loop(), _epoch, backend, sharing_key)
+        backend, target = self._backend, self.target
+        if backend is None:
+            sharing_key = self._sharing_key(target)
+            backend = await pooling.acquire(self, sharing_key, lambda: open_backend(target.url, self._client))
+            backend = with_client_options(backend, target.url, self._client)
+        if self._observer is not None:
+            backend = ObservedBackend(backend, self._observer, self.url)
+        self._binding = (get_running_loop(), pooling.fork_generation, backend)
         return backend
 
-    def _sharing_key(self) -> Hashable:
-        # A credentials object counts by identity: it may be equal to another, or not hashable.
-        credentials = self._credentials if isinstance(self._credentials, str) else id(self._credentials)
-        return (get_running_loop(), identity_of(self.url), credentials, self._http)
+    def _find_target(self) -> Target:
+        # In one variable: another thread may unbind the store meanwhile.
+        target = self._target
+        if target is None:
+            url, backend, credentials = self.url, self._backend, None
+            if backend is None:
+                credentials = self._client.credentials if check_url(url).takes_credentials else None
+                url = canonical_url(url)
+            target = self._target = Target(url, self._db_name, credentials, backend)
+        return target
+
+    def _sharing_key(self, target: Target) -> Hashable:
+        pools = self._backend is None and check_url(target.url).with_client_options is not None
+        return (target.connection, self._client.http if pools else None)
 
 
-def _check_options(retry: RetryPolicy | None, hedge: bool | HedgePolicy, observer: Observer | None) -> None:  # noqa: FBT001
-    if retry is not None and not isinstance(retry, RetryPolicy):
-        raise TypeError(f"retry must be a RetryPolicy, not {type(retry).__name__}")
-    if not isinstance(hedge, bool | HedgePolicy):
-        raise TypeError(f"hedge must be True, False or a HedgePolicy, not {type(hedge).__name__}")
+# The last loop that the store was used in, the fork generation and the backend there. One tuple, so that another thread never
+# sees half an update.
+_Binding = tuple[asyncio.AbstractEventLoop | None, int, Backend | None]
+_UNBOUND: _Binding = (None, 0, None)
+_NOT_PICKLED = {"target", "_target", "_binding", "_derived"}
+
+
+def _check_observer(observer: Observer | None) -> None:
     if observer is not None and not callable(observer):
         raise TypeError(f"observer must be a function of one argument, not {type(observer).__name__}")
-
-
-def _hedge_policy(hedge: bool | HedgePolicy) -> HedgePolicy | None:  # noqa: FBT001 (as the caller said it)
-    return (HedgePolicy() if hedge else None) if isinstance(hedge, bool) else hedge
-
-
-_default: AsyncKVStore | None = None
-DEFAULT_DB_NAME = "aiokv"
-
-
-class DefaultStoreUser(Protocol):
-    """Whoever keeps something that came from the default store."""
-
-    def default_store_changed(self, store: AsyncKVStore | None) -> None:
-        """Let go of what came from another store.
-
-        Args:
-            store: The default store from now on, or None where that is yet to be made.
-        """
-        ...
-
-
-# Weakly: a cached function that is dropped need not be told.
-_default_users: "weakref.WeakSet[DefaultStoreUser]" = weakref.WeakSet()
-
-
-def default_store() -> AsyncKVStore:
-    """Give the store that cached functions use where they name none.
-
-    Returns:
-        What `set_default_store` was given, else one of `AIOKV_URL` and the namespace `AIOKV_DB` (or `aiokv`).
-    """
-    store = _default
-    if store is None:
-        made = AsyncKVStore(os.environ.get("AIOKV_DB") or DEFAULT_DB_NAME)
-        with _lock:
-            store = _default
-            if store is None:
-                store = made
-                _change_default(made)
-    return store
-
-
-def set_default_store(store: AsyncKVStore | None) -> None:
-    """Choose the store that cached functions use where they name none.
-
-    Args:
-        store: The store, or None for that of the environment.
-
-    Raises:
-        TypeError: It is no store.
-    """
-    if store is not None and not isinstance(store, AsyncKVStore):
-        raise TypeError(f"store must be an AsyncKVStore, not {type(store).__name__}")
-    with _lock:
-        _change_default(store)
-
-
-def watch_default_store(user: DefaultStoreUser) -> None:
-    """Tell somebody what the default store is, now and whenever it changes.
-
-    Args:
-        user: Whom, held weakly.
-    """
-    with _lock:
-        _default_users.add(user)
-        user.default_store_changed(_default)
-
-
-def _change_default(store: AsyncKVStore | None) -> None:
-    global _default  # noqa: PLW0603 (the one default of the process)
-    _default = store
-    for user in list(_default_users):
-        user.default_store_changed(store)
-
-
-_Bound = tuple[asyncio.AbstractEventLoop | None, int, Backend | None, Hashable]
-_UNBOUND: _Bound = (None, 0, None, None)
-
-
-@dataclass(slots=True, eq=False)
-class _Shared:
-    """A backend that is open in one loop, and the stores that share it."""
-
-    loop: asyncio.AbstractEventLoop
-    backend: Backend
-    closing: AsyncGenerator[None, None]
-    users: "weakref.WeakSet[AsyncKVStore]" = field(default_factory=weakref.WeakSet)
-
-
-_shared: dict[Hashable, _Shared] = {}
-_lock = threading.Lock()
-# Counts forks, so that a child tells its parent's connections from its own.
-_epoch = 0
-# What a child inherits is neither used nor closed there: the connections are its parent's.
-_inherited: list[dict[Hashable, _Shared]] = []
-
-
-async def _acquire(store: AsyncKVStore, sharing_key: Hashable, open_: Callable[[], Backend]) -> Backend:
-    with _lock:
-        _forget_closed_loops()
-        shared = _shared.get(sharing_key)
-        is_new = shared is None
-        if shared is None:
-            backend = open_()
-            shared = _Shared(get_running_loop(), backend, _close_with_loop(sharing_key, backend))
-            _shared[sharing_key] = shared
-        shared.users.add(store)
-    if is_new:
-        # To its first yield, which does not suspend: from here on the loop knows of it.
-        await anext(shared.closing)
-    return shared.backend
-
-
-async def _release(stores: "weakref.WeakSet[AsyncKVStore]", sharing_key: Hashable) -> None:
-    with _lock:
-        for store in list(stores):
-            store._unbind()  # noqa: SLF001 (this module's own)
-        shared = _shared.get(sharing_key)
-        if shared is None:
-            return
-        shared.users -= stores
-        if shared.users:
-            return
-        del _shared[sharing_key]
-    await shared.closing.aclose()
-
-
-async def _close_with_loop(sharing_key: Hashable, backend: Backend) -> AsyncGenerator[None, None]:
-    """Close a backend when its loop ends: `asyncio.run` finishes the generators that are still open."""
-    try:
-        yield
-    finally:
-        with _lock:
-            shared = _shared.get(sharing_key)
-            if shared is not None and shared.backend is backend:
-                del _shared[sharing_key]
-                for store in list(shared.users):
-                    store._unbind()  # noqa: SLF001 (this module's own)
-        await backend.aclose()
-
-
-def _forget_closed_loops() -> None:
-    for sharing_key in [key for key, shared in _shared.items() if shared.loop.is_closed()]:
-        del _shared[sharing_key]
-
-
-def _after_fork_in_child() -> None:
-    global _lock, _epoch  # noqa: PLW0603 (a fork is the one event that changes them)
-    _lock = threading.Lock()
-    _epoch += 1
-    _inherited.append(dict(_shared))
-    _shared.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,27 +1,26 @@
-"""What happens to calls, told to whoever asks for it: events, and the protocol of those who receive them.
+"""The events of calls, and the protocol of the observers that receive them.
 
-Nothing here costs anything where nobody asks: a store without an observer does not come by.
+A store without an observer does not use this module, so it pays nothing for it.
 """
 
 import logging
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
-from aiokv.errors import CallError, shown
+from aiokv.errors import CallError, truncated
+from aiokv.record import Record
 
 logger = logging.getLogger("aiokv")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CallStarted:
-    """A get, set or delete begins; later events of the call hold this one, which is equal to itself alone.
+class CallStarted(Record):
+    """A get, set or delete begins. Later events of the call hold this one, which is equal to no other.
 
     Args:
         verb: `"get"`, `"set"` or `"delete"`.
         db_name: The namespace.
-        key: The key, whole; shown cut at 100 characters.
+        key: The whole key; `repr` cuts it at 100 characters.
         url: The store's URL.
     """
 
@@ -30,19 +29,24 @@ class CallStarted:
     key: str
     url: str
 
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
     def __repr__(self) -> str:
-        return f"CallStarted({self.verb} {shown(self.key)} in db {shown(self.db_name)} at {self.url})"
+        return f"CallStarted({self.verb} {truncated(self.key)} in db {truncated(self.db_name)} at {self.url})"
 
 
-@dataclass(frozen=True, slots=True)
-class CallRetried:
-    """An attempt has failed, and another one follows.
+class CallRetried(Record):
+    """An attempt has failed, and another follows.
 
     Args:
         call: The call.
-        attempt: The number of the one that failed, from 1.
-        wait_seconds: How long the call waits before the next one.
-        error: What the attempt met.
+        attempt: The number of the attempt that failed, from 1.
+        wait_seconds: How long the call waits before the next attempt.
+        error: The error of the attempt.
     """
 
     call: CallStarted
@@ -51,9 +55,8 @@ class CallRetried:
     error: CallError
 
 
-@dataclass(frozen=True, slots=True)
-class CallHedged:
-    """A get has waited longer than most do, and is sent a second time.
+class CallHedged(Record):
+    """A get has waited longer than most, and is sent a second time.
 
     Args:
         call: The call.
@@ -64,17 +67,16 @@ class CallHedged:
     after_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class CallEnded:
-    """A call has ended, whichever way.
+class CallEnded(Record):
+    """A call has ended, in success or failure.
 
     Args:
         call: The call.
         elapsed_seconds: From its start.
-        attempts: How often it was tried; 1 more than it was retried.
-        hedged: Whether it was sent a second time without waiting for the first.
-        found: For a get that succeeded, whether there was a value; otherwise None.
-        error: What it failed with, `asyncio.CancelledError` among others, or None where it succeeded.
+        attempts: How often it was tried: 1 more than the number of retries.
+        hedged: Whether it was sent a second time while the first request was under way.
+        found: For a get that succeeded, whether a value was there; otherwise None.
+        error: Its error, which may be `asyncio.CancelledError`, or None where it succeeded.
     """
 
     call: CallStarted
@@ -85,14 +87,13 @@ class CallEnded:
     error: BaseException | None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRenewed:
+class TokenRenewed(Record):
     """Credentials were exchanged for a token, or could not be.
 
     Args:
         url: The token endpoint.
         elapsed_seconds: How long the exchange took, its retries included.
-        error: What it failed with, or None.
+        error: The error of the exchange, or None.
     """
 
     url: str
@@ -104,24 +105,24 @@ Event = CallStarted | CallRetried | CallHedged | CallEnded | TokenRenewed
 
 
 class Observer(Protocol):
-    """Receive events: any function of one argument does.
+    """A receiver of events: any function of one argument.
 
     It is called in the task of the call (`TokenRenewed` in that of the exchange), in the order of the events, and must not
-    block. What it raises is logged and
-    otherwise ignored. No event bears a value, a token or a secret; keys and errors are there.
+    block. An exception that it raises is logged and ignored. No event holds a value, a token or a secret; some hold keys and
+    errors.
     """
 
     def __call__(self, event: Event, /) -> object:
-        """Take note of an event.
+        """Receive an event.
 
         Args:
-            event: What has happened.
+            event: The event.
         """
         ...
 
 
 class ObservedCall:
-    """A call that somebody watches: `with ObservedCall(...) as call: ...; call.found = ...`."""
+    """A call with an observer: `with ObservedCall(...) as call: ...; call.found = ...`."""
 
     __slots__ = ("_observer", "_outer", "_started_at", "attempts", "found", "hedged", "started")
 
@@ -135,20 +136,24 @@ class ObservedCall:
         self.found: bool | None = None
 
     def __enter__(self) -> Self:
-        self.tell(self.started)
+        self.notify(self.started)
         self._outer = _current.get()
         _current.set(self)
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        # Not by its token: a coroutine that is thrown away unfinished is closed in another context, which a token refuses.
+        # Without the variable's token: an unfinished coroutine may be closed in another context, where the token is refused.
         if _current.get() is self:
             _current.set(self._outer)
         elapsed_seconds = time.perf_counter() - self._started_at
-        self.tell(CallEnded(self.started, elapsed_seconds, self.attempts, self.hedged, self.found, error))
+        self.notify(CallEnded(self.started, elapsed_seconds, self.attempts, self.hedged, self.found, error))
 
-    def tell(self, event: Event) -> None:
-        """Tell the observer, whose failures are its own, and whose calls are no part of this one."""
+    def notify(self, event: Event) -> None:
+        """Send an event to the observer; log its failure, and keep the calls that it makes apart from this one.
+
+        Args:
+            event: The event.
+        """
         here = _current.get()
         if here is not None:
             _current.set(None)
@@ -165,20 +170,20 @@ _current: "ContextVar[ObservedCall | None]" = ContextVar("aiokv_observed_call", 
 
 
 def retried(attempt: int, wait_seconds: float, error: CallError) -> None:
-    """Tell that the call that this code is a part of is tried again, if somebody watches it.
+    """Notify the observer of the running call, if there is one, that it is tried again.
 
     Args:
         attempt: The number of the attempt that failed, from 1.
         wait_seconds: How long the call waits.
-        error: What the attempt met.
+        error: The error of the attempt.
     """
     call = _current.get()
     if call is not None:
-        call.tell(CallRetried(call.started, attempt, wait_seconds, error))
+        call.notify(CallRetried(call.started, attempt, wait_seconds, error))
 
 
 def attempted(number: int) -> None:
-    """Note that the call that this code is a part of is sent once more, if somebody watches it.
+    """Count another attempt of the running call, if it has an observer.
 
     Args:
         number: The number of this attempt, from 1.
@@ -189,7 +194,7 @@ def attempted(number: int) -> None:
 
 
 def hedged(after_seconds: float) -> None:
-    """Tell that the call that this code is a part of is sent a second time, if somebody watches it.
+    """Notify the observer of the running call, if there is one, that it is sent a second time.
 
     Args:
         after_seconds: How long it has waited.
@@ -197,14 +202,14 @@ def hedged(after_seconds: float) -> None:
     call = _current.get()
     if call is not None:
         call.hedged = True
-        call.tell(CallHedged(call.started, after_seconds))
+        call.notify(CallHedged(call.started, after_seconds))
 
 
 def detached() -> ObservedCall | None:
-    """Take the present task out of the call that began it, whose retries its own are not.
+    """Detach the running task from the call that started it, so that its retries are not counted as the call's.
 
     Returns:
-        That call, to tell its observer of other things, or None where nobody watches.
+        That call, whose observer can be notified of other events, or None where it has no observer.
     """
     call = _current.get()
     if call is not None:

@@ -1,7 +1,7 @@
 """The protocol on the wire, shared by the client and the server: paths, query, bodies, errors.
 
 Source: the official client, fal-ai/fal `projects/fal/src/fal/toolkit/kv.py`, for routes and bodies. That client does not
-quote keys, so a server takes everything after `/{db_name}/` as the key; this one quotes every byte that is not unreserved.
+quote keys, so a server takes everything after `/{db_name}/` as the key. This client quotes every byte that is not unreserved.
 """
 
 import functools
@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import orjson
 
+from aiokv import clock
 from aiokv.errors import (
     AuthenticationError,
     CallError,
@@ -33,13 +34,17 @@ TOKEN_PATH = "/storage/auth/token"  # noqa: S105 (a path)
 
 MAX_ERROR_BODY_BYTES = 64 * 1024
 MAX_ANSWER_BYTES = 6 * MAX_VALUE_BYTES + 1024
-"""Largest answer worth reading: JSON may write a byte of a value as six (`\\u0000`)."""
+"""Largest answer that can hold a value: JSON may write one byte as six (`\\u0000`)."""
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+
+# Not implemented, unknown version, no room left: the server says that it did nothing.
+_REFUSING_STATUSES = frozenset({501, 505, 507})
 
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _MAX_DETAIL_CHARS = 200
+_MIN_REDACTED_CHARS = 4
 _REDIRECTS, _UNAUTHORIZED, _FORBIDDEN, _TOO_LARGE, _TOO_MANY, _SERVER_ERRORS = 300, 401, 403, 413, 429, 500
 
 
@@ -47,27 +52,27 @@ def entry_path(verb: Verb, db_name: str, key: str) -> str:
     """Build the path of an entry, percent-encoded.
 
     Args:
-        verb: What is asked.
+        verb: The call.
         db_name: A checked namespace.
         key: A checked key.
 
     Returns:
         `/{verb}/{db_name}/{key}`, where only unreserved characters stand for themselves, `/` not among them.
     """
-    return f"/{verb}/{_quoted(db_name)}/{_quoted(key)}"
+    return f"/{verb}/{_quote(db_name)}/{_quote(key)}"
 
 
 @functools.lru_cache(maxsize=1024)
-def _quoted(name: str) -> str:
-    # Remembered: the same few names are asked for again and again, and to quote a colon costs as much as half a request's URL.
+def _quote(name: str) -> str:
+    # Cached: a program uses the same few names again and again, and quoting costs as much as half of a request's URL.
     return quote(name, safe="")
 
 
 def parse_entry_path(entry: str) -> tuple[str, str]:
-    """Read namespace and key from a raw path, as either client writes it.
+    """Parse namespace and key from a raw path, as either client writes it.
 
     Args:
-        entry: What follows `/{verb}/` in the path as it was sent, without the query, such as `db/a%2Fb`.
+        entry: The path as it was sent, after `/{verb}/` and without the query, such as `db/a%2Fb`.
 
     Returns:
         The namespace and the key, percent-decoded and checked.
@@ -97,7 +102,7 @@ def ttl_query(ttl_seconds: int) -> dict[str, str]:
 
 
 def parse_ttl_query(query: str) -> int | None:
-    """Read the time to live from a raw query.
+    """Parse the time to live from a raw query.
 
     Args:
         query: The raw query without its question mark; parameters other than `ttl` are ignored.
@@ -106,7 +111,7 @@ def parse_ttl_query(query: str) -> int | None:
         Seconds, or None where no `ttl` is given.
 
     Raises:
-        ValueError: `ttl` stands more than once, is no plain decimal number, or is outside the range.
+        ValueError: `ttl` is given more than once, is no plain decimal number, or is outside the range.
     """
     texts = [value for name, _, value in (part.partition("=") for part in query.split("&")) if name == "ttl"]
     if not texts:
@@ -134,16 +139,16 @@ def value_body(value: str) -> bytes:
 
 
 def parse_value_body(body: bytes) -> str:
-    """Read the body of a successful get.
+    """Parse the body of a successful get.
 
     Args:
-        body: What came with status 200.
+        body: The body of an answer with status 200.
 
     Returns:
         The value.
 
     Raises:
-        ValueError: The body is not a JSON object with a text under `value`; the message shows none of it.
+        ValueError: The body is not a JSON object with a text under `value`; the message quotes nothing of it.
     """
     try:
         answer = orjson.loads(body)
@@ -151,7 +156,7 @@ def parse_value_body(body: bytes) -> str:
         # Not chained: the decoder's error holds the whole body.
         answer = None
     if not isinstance(answer, dict) or not isinstance(answer.get("value"), str):
-        # One kind of error for all that a body can lack.
+        # One kind of error for every fault of a body.
         raise ValueError(  # noqa: TRY004
             f'the answer\'s body ({len(body):,} bytes) is not a JSON object {{"value": "<text>"}}'
         )
@@ -159,13 +164,13 @@ def parse_value_body(body: bytes) -> str:
 
 
 def check_done_body(body: bytes) -> None:
-    """Check the body of a successful set or delete, so that no proxy's page passes for the service's word.
+    """Check the body of a successful set or delete, so that a proxy's page is not taken for the service's answer.
 
     Args:
-        body: What came with status 200.
+        body: The body of an answer with status 200.
 
     Raises:
-        ValueError: The body is not a JSON object; the message shows none of it.
+        ValueError: The body is not a JSON object; the message quotes nothing of it.
     """
     try:
         done = orjson.loads(body)
@@ -179,7 +184,7 @@ def error_body(message: str) -> bytes:
     """Build the body of an error.
 
     Args:
-        message: What went wrong and what to do; never a value or a secret.
+        message: The cause and the remedy, without a value or a secret.
 
     Returns:
         `{"error": "..."}` as JSON.
@@ -188,11 +193,11 @@ def error_body(message: str) -> bytes:
 
 
 def error_detail(body: bytes, secrets: tuple[str, ...] = ()) -> str:
-    """Read what an error's body says, fit to be shown.
+    """Parse an error's body into text for a message.
 
     Args:
-        body: At most 64 KiB of what came with the status; HTML and garbage are told by size alone.
-        secrets: Texts that an answer may echo and that must not be shown.
+        body: At most 64 KiB of the answer's body; of HTML and garbage only the size is reported.
+        secrets: Texts that an answer may echo and that no message may repeat.
 
     Returns:
         At most 200 printable characters.
@@ -204,35 +209,49 @@ def error_detail(body: bytes, secrets: tuple[str, ...] = ()) -> str:
     detail = answer.get("error") if isinstance(answer, dict) else None
     if not isinstance(detail, str) or not detail:
         return f"an answer of {len(body):,} bytes without an error message" if body else "an empty answer"
+    return printable(redact(detail, secrets))
+
+
+def redact(text: str, secrets: tuple[str, ...]) -> str:
+    """Replace secrets in a text by `***`.
+
+    Args:
+        text: Any text.
+        secrets: The secrets. One of fewer than 4 characters stays: it would shred the text, and could be guessed anyway.
+
+    Returns:
+        The text without them.
+    """
     for secret in secrets:
-        if secret:
-            detail = detail.replace(secret, "***")
-    return printable(detail)
+        if len(secret) >= _MIN_REDACTED_CHARS:
+            text = text.replace(secret, "***")
+    return text
 
 
 def printable(text: str) -> str:
-    """Make a text from elsewhere fit for a message.
+    """Return a foreign text in a form that can stand in a message.
 
     Args:
         text: Any text.
 
     Returns:
-        At most 200 characters of it, with a space for each that does not print.
+        At most 200 characters of it, with a space for each unprintable one.
     """
     return "".join(char if char.isprintable() else " " for char in text[:_MAX_DETAIL_CHARS])
 
 
 def error_for_status(status: int, detail: str, *, retry_after: float | None = None, write: bool = False) -> CallError:
-    """Give the exception for an answer that is not a success.
+    """Return the exception for an answer that is not a success.
 
     Args:
         status: The HTTP status, any but 200.
-        detail: What the body said, from `error_detail`.
+        detail: The body's message, from `error_detail`.
         retry_after: Seconds that the service asked to wait, or None.
         write: Whether the request would have changed something.
 
     Returns:
-        The exception; a write that met a 5xx or an odd 2xx may have been applied, one that met a 3xx or 4xx was not.
+        The exception. A write that met a 5xx or an unknown 2xx may have been applied; one that met a 3xx, a 4xx, or a 501, 505
+        or 507 was not.
     """
     kind: type[CallError]
     if status < _REDIRECTS:
@@ -251,20 +270,20 @@ def error_for_status(status: int, detail: str, *, retry_after: float | None = No
         detail,
         status=status,
         retry_after=retry_after,
-        maybe_applied=write and (status < _REDIRECTS or status >= _SERVER_ERRORS),
+        maybe_applied=write and (status < _REDIRECTS or (status >= _SERVER_ERRORS and status not in _REFUSING_STATUSES)),
         transient=status in TRANSIENT_STATUSES,
     )
 
 
 def parse_retry_after(text: str | None, now: datetime | None = None) -> float | None:
-    """Read a Retry-After header.
+    """Parse a Retry-After header.
 
     Args:
         text: Seconds or an HTTP date (RFC 9110 section 10.2.3), or None.
         now: The present, with a time zone; None takes the clock.
 
     Returns:
-        Seconds from now, at least 0; None where there is no header or it is neither form.
+        Seconds from now, at least 0; None where the header is absent or of neither form.
     """
     if text is None:
         return None
@@ -272,11 +291,11 @@ def parse_retry_after(text: str | None, now: datetime | None = None) -> float | 
     if text.isascii() and text.isdigit():
         return float(text)
     moment = parse_http_date(text)
-    return None if moment is None else max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
+    return None if moment is None else max(0.0, (moment - (now or datetime.fromtimestamp(clock.now(), UTC))).total_seconds())
 
 
 def parse_http_date(text: str) -> datetime | None:
-    """Read a date as HTTP headers have it.
+    """Parse the date of an HTTP header.
 
     Args:
         text: An HTTP date (RFC 9110 section 5.6.7), or anything.
@@ -286,14 +305,14 @@ def parse_http_date(text: str) -> datetime | None:
     """
     try:
         moment = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-    # Without a zone, or with "-0000", the parser leaves it out; HTTP dates are always UTC.
+    # The parser leaves out a zone that is absent or "-0000"; HTTP dates are always UTC.
     return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def is_loopback(host: str | None) -> bool:
-    """Say whether a host is this machine by its name alone.
+    """Return whether a host is this machine, judged by its name alone.
 
     Args:
         host: A host name or address, without brackets.
@@ -312,7 +331,7 @@ def is_loopback(host: str | None) -> bool:
 
 
 def _unquote(argument: str, raw: str) -> str:
-    # The parser hands on bytes that are not UTF-8 as surrogates.
+    # The server passes bytes that are not UTF-8 as surrogates.
     data = raw.encode("utf-8", "surrogateescape")
     if _BAD_ESCAPE.search(data):
         raise ValueError(f"{argument} has a malformed percent escape; write a percent sign as %25")

@@ -63,7 +63,7 @@ from stampede import percentile
 from aiokv import AsyncKVStore
 from aiokv.backends.http.retry import QUOTA_TOKENS, quota_of
 from aiokv.errors import CallError
-from aiokv.testing import FaultOrFaults, FaultProxy, LatencyAfter, ResetAfter, ResetBefore, at_rate
+from aiokv.testing import FaultOrFaults, FaultProxy, LatencyAfter, ResetAfter, ResetBefore, with_probability
 
 AIOKV, HEDGED, OFFICIAL, TENACITY = "aiokv", "aiokv-hedged", "fal", "tenacity"
 CONTENDERS = (AIOKV, HEDGED, OFFICIAL, TENACITY)
@@ -476,7 +476,7 @@ class Measurement:
             seconds, interval_seconds = calls / UNPACED_RATE, 0.0
         await self._warm_up(name)
         async with self._estimate.during(seconds + WARM_UP_CALLS / self._options.rate):
-            self._proxy.faults = at_rate(share, *faults, seed=self._options.seed + number)
+            self._proxy.faults = with_probability(share, *faults, seed=self._options.seed + number)
             outcome = await self._workers[name].run(self._order(calls, interval_seconds))
             # A request that its client has given up may be on its way still.
             await asyncio.sleep(0.05)

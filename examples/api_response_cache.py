@@ -12,6 +12,7 @@ from aiokv import AsyncKVStore, kv_cached, set_default_store
 API = "http://127.0.0.1:{port}"
 
 
+# The session is not in the key, so an early refresh runs in a caller's own call, while its session is open.
 @kv_cached(ttl=600, ignore=("session", "base"), stale_if_error=3600)
 async def forecast(session: aiohttp.ClientSession, base: str, city: str) -> dict[str, object]:
     async with session.get(f"{base}/forecast/{city}") as response:

@@ -11,9 +11,10 @@ def count_primes(below: int) -> int:
     return sum(all(number % divisor for divisor in range(2, int(number**0.5) + 1)) for number in range(2, below))
 
 
+# The default version would notice a change of this body alone, and the work is done in count_primes: raise it by hand.
 @kv_cached(ttl=3600, version=1)
 async def primes(below: int) -> int:
-    # In a thread: a computation in the event loop would hold everybody up.
+    # In a thread: in the event loop, a computation would hold up everything else.
     return await asyncio.to_thread(count_primes, below)
 
 

@@ -6,12 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
-
-from aiohttp import web
-
-Answerer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -27,37 +23,6 @@ class FakeClock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
-
-
-class Recorded:
-    """Requests that a scripted service has received, as (method, raw path, headers, body)."""
-
-    def __init__(self) -> None:
-        self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
-
-    def paths(self) -> list[str]:
-        return [path for _, path, _, _ in self.requests]
-
-
-@contextlib.asynccontextmanager
-async def scripted_service(answer: Answerer) -> AsyncGenerator[tuple[str, Recorded]]:
-    """Run a real HTTP service whose answers a test writes; give its address and what it has received."""
-    recorded = Recorded()
-
-    async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        body = await request.read()
-        recorded.requests.append((request.method, request.raw_path, dict(request.headers), body))
-        return await answer(request)
-
-    server = web.Server(handle)
-    runner = web.ServerRunner(server, shutdown_timeout=1)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield f"http://127.0.0.1:{site.port}", recorded
-    finally:
-        await runner.cleanup()
 
 
 async def no_wait(_seconds: float) -> None:

@@ -23,7 +23,9 @@ def run(arguments: list[str], home: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", *arguments], capture_output=True, text=True, env=environment, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    # On a busy machine asyncio's debug mode logs steps that took long.
+    errors = [line for line in done.stderr.splitlines() if not re.match(r"Executing <.*> took [\d.]+ seconds$", line)]
+    assert (done.returncode, errors) == (0, [])
     return done.stdout
 
 
@@ -81,6 +83,7 @@ def test_policy_of_the_readme_is_that_of_the_code() -> None:
     ],
     ids=["decorator", "outage", "stampede", "faults"],
 )
+@pytest.mark.slow
 def test_benchmark_that_may_miss_its_aim_runs(tmp_path: Path, arguments: list[str], words: str) -> None:
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "benchmarks" / arguments[0]), *arguments[1:]],
@@ -95,6 +98,7 @@ def test_benchmark_that_may_miss_its_aim_runs(tmp_path: Path, arguments: list[st
 
 
 @pytest.mark.parametrize("name", ["client_overhead.py", "sqlite_sets.py", "import_time.py"])
+@pytest.mark.slow
 def test_benchmark_runs_and_reports_a_ratio(tmp_path: Path, name: str) -> None:
     few = {"client_overhead.py": ["--calls", "100"], "sqlite_sets.py": ["--sets", "100", "--folder", str(tmp_path)]}
     # Too short to mean anything: an aim of zero or of infinity, for only the script itself is tried here.

@@ -6,7 +6,7 @@ import pytest
 
 from aiokv import AsyncKVStore, HedgePolicy
 from aiokv.errors import UnavailableError
-from aiokv.testing import Reply, ScriptedService, without_waits
+from aiokv.testing import Reply, ScriptedService, disable_backoff
 
 VALUE = "s3cret value"
 
@@ -18,7 +18,7 @@ def levels(caplog: pytest.LogCaptureFixture) -> list[int]:
 async def test_sequence_of_retries_warns_once_and_names_no_value(caplog: pytest.LogCaptureFixture) -> None:
     async with ScriptedService() as service, AsyncKVStore("db", url=service.url) as store:
         service.replies = Reply.unavailable()
-        with caplog.at_level(logging.DEBUG, "aiokv"), without_waits():
+        with caplog.at_level(logging.DEBUG, "aiokv"), disable_backoff():
             for _ in range(2):
                 with pytest.raises(UnavailableError):
                     await store.set("key", VALUE)
@@ -47,7 +47,7 @@ async def test_hedges_and_tokens_are_told_at_debug_without_a_secret(caplog: pyte
             service.replies = [Reply(delay_seconds=30.0), Reply.value(VALUE)]
             assert await store.get("key") == VALUE
     assert set(levels(caplog)) == {logging.DEBUG}
-    assert "asking a second time" in caplog.text
-    assert "a token for 7" in caplog.text
+    assert "sending a read a second time" in caplog.text
+    assert "fetched a token for 7" in caplog.text
     assert "hunter2" not in caplog.text
     assert VALUE not in caplog.text

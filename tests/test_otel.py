@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from helpers import no_wait, scripted_service
+from helpers import no_wait
 from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader
@@ -41,6 +41,7 @@ from aiokv.backends.observed import ObservedBackend
 from aiokv.errors import CallError, TransportError
 from aiokv.otel import OpenTelemetryObserver
 from aiokv.telemetry import CallEnded, CallHedged, CallStarted, TokenRenewed
+from aiokv.testing import ScriptedService
 
 KEY = "customer-4711"
 VALUE = "s3cret value"
@@ -134,7 +135,8 @@ async def failing_service(watch: Watch, *statuses: int) -> AsyncGenerator[Observ
         echo = f"no: {request.path} {(await request.read()).decode()}"
         return web.json_response({"error": echo}, status=status)
 
-    async with scripted_service(answer) as (url, _):
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
         remote = RemoteBackend(URL(url), sleep=no_wait)
         try:
             yield watch.backend(remote, "https://kv.example.com")

@@ -19,10 +19,38 @@ BASE_PYTHON = REPOSITORY / ".venv-base" / "bin" / "python"
 def test_all_names_are_the_public_names() -> None:
     for module in (aiokv, aiokv.server):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        # The body of `if TYPE_CHECKING`, too: these names are loaded when they are first used.
+        blocks = [
+            tree.body,
+            *(node.body for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"),
+        ]
         imported = {
-            alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+            alias.asname or alias.name
+            for block in blocks
+            for node in block
+            if isinstance(node, ast.ImportFrom) and node.module != "typing"
+            for alias in node.names
         }
         assert set(module.__all__) == imported
+        assert {name for name in module.__all__ if getattr(module, name, None) is None} == set()
+
+
+def test_names_that_are_loaded_at_their_first_use_are_listed_and_others_are_no_names() -> None:
+    script = (
+        "import sys, aiokv\n"
+        "print('aiokv.caching' in sys.modules, 'kv_cached' in dir(aiokv), hasattr(aiokv, 'kv_cachd'))\n"
+        "from aiokv import *\n"
+        "print(kv_cached is aiokv.kv_cached, 'kv_cached' in vars(aiokv))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True False\nTrue True\n"
+
+
+def test_import_loads_nothing_that_few_programs_need() -> None:
+    unwanted = "('zoneinfo', 'decimal', 'fractions', 'ipaddress', 'email', 'pydantic', 'numpy', 'tenacity', 'aiohttp')"
+    script = f"import sys, aiokv; print([m for m in {unwanted} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_every_public_exception_is_in_the_tree_that_the_docstring_draws() -> None:

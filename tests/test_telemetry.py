@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 from aiohttp import web
-from helpers import FakeClock, Recorded, no_wait, scripted_service
+from helpers import FakeClock, no_wait
 from yarl import URL
 
 from aiokv import AsyncKVStore, HedgePolicy, RetryPolicy
@@ -17,6 +17,7 @@ from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.observed import ObservedBackend
 from aiokv.errors import CallError, RejectedError, UnavailableError
 from aiokv.telemetry import CallEnded, CallHedged, CallRetried, CallStarted, Event, ObservedCall, TokenRenewed
+from aiokv.testing import ScriptedService
 from aiokv.wire import TOKEN_PATH
 
 KEY = "account:hunter2"
@@ -46,7 +47,7 @@ class Waits:
 @asynccontextmanager
 async def watched_service(
     *statuses: int, credentials: str | None = None, waits: Waits | None = None
-) -> AsyncGenerator[tuple[ObservedBackend, list[Event], Recorded]]:
+) -> AsyncGenerator[tuple[ObservedBackend, list[Event], ScriptedService]]:
     """Run a service of these answers, the last one for ever, which echoes all that it is told; watch calls of it."""
     remaining = list(statuses)
 
@@ -60,7 +61,8 @@ async def watched_service(
         return web.json_response({"error": echo}, status=status)
 
     events: list[Event] = []
-    async with scripted_service(answer) as (url, recorded):
+    async with ScriptedService(handler=answer) as recorded:
+        url = recorded.url
         remote = RemoteBackend(URL(url), credentials=credentials, sleep=waits or no_wait)
         try:
             yield ObservedBackend(remote, events.append, url), events, recorded
@@ -219,7 +221,7 @@ async def test_observer_that_raises_leaves_the_error_of_a_call_as_it_is() -> Non
     async def refuse(_: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({"error": "no"}, status=400)
 
-    async with scripted_service(refuse) as (url, _), AsyncKVStore("db", url=url, observer=observer) as store:
+    async with ScriptedService(handler=refuse) as scripted, AsyncKVStore("db", url=scripted.url, observer=observer) as store:
         with pytest.raises(RejectedError):
             await store.get("key")
 
@@ -242,7 +244,8 @@ async def test_concurrent_calls_are_not_mixed_up() -> None:
         return web.json_response({"value": str(number)}, status=[500, 502, 503][asked[request.path]] if failed else 200)
 
     events: list[Event] = []
-    async with scripted_service(answer) as (url, _):
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
         remote = RemoteBackend(URL(url), sleep=no_wait)
         backend = ObservedBackend(remote, events.append, url)
         assert await asyncio.gather(*(backend.get("db", str(n)) for n in range(20))) == [str(n) for n in range(20)]
@@ -265,7 +268,8 @@ async def test_read_that_is_sent_twice_is_told_once_between_start_and_end() -> N
         return web.json_response({"value": VALUE})
 
     events: list[Event] = []
-    async with scripted_service(answer) as (url, _):
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
         hedge = HedgePolicy(min_wait=0.05, max_extra=1.0)
         async with AsyncKVStore("db", url=url, hedge=hedge, observer=events.append) as store:
             # How long answers take must be known before one is late.
@@ -291,7 +295,7 @@ async def test_renewal_of_a_token_is_told_once_for_all_that_wait_and_its_retries
     assert renewed.url.endswith(TOKEN_PATH)
     assert renewed.error is None
     assert renewed.elapsed_seconds >= 0
-    assert recorded.paths().count(TOKEN_PATH) == 2
+    assert recorded.paths.count(TOKEN_PATH) == 2
     assert "CallRetried" not in kinds(events)
     assert {event.attempts for event in events if isinstance(event, CallEnded)} == {1}
 
@@ -348,7 +352,9 @@ async def test_retries_of_a_call_that_an_observer_makes_are_not_told_of_the_obse
     async def broken(_request: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({}, status=503)
 
-    async with scripted_service(broken_once) as (url, _), scripted_service(broken) as (audit_url, _):
+    async with ScriptedService(handler=broken_once) as scripted, ScriptedService(handler=broken) as audit_scripted:
+        url = scripted.url
+        audit_url = audit_scripted.url
         audit = AsyncKVStore("audit", url=audit_url, retry=RetryPolicy(attempts=2, backoff_base=0))
 
         async def note() -> None:
@@ -378,7 +384,10 @@ async def test_observer_that_is_cancelled_is_not_told_of_later_calls_that_nobody
         events.append(event)
         raise asyncio.CancelledError
 
-    async with scripted_service(broken) as (url, _), AsyncKVStore("db", url=url, retry=RetryPolicy(attempts=2)) as store:
+    async with (
+        ScriptedService(handler=broken) as scripted,
+        AsyncKVStore("db", url=scripted.url, retry=RetryPolicy(attempts=2)) as store,
+    ):
         with pytest.raises(asyncio.CancelledError):
             await store.with_options(observer=observe).get("k")
         events.clear()
@@ -405,8 +414,8 @@ async def test_observer_of_a_cancelled_wait_is_told_of_the_attempts_that_were_ma
 
     policy = RetryPolicy(attempts=2, backoff_base=25.0, backoff_cap=25.0)
     async with (
-        scripted_service(broken) as (url, recorded),
-        AsyncKVStore("db", url=url, retry=policy, observer=events.append) as store,
+        ScriptedService(handler=broken) as recorded,
+        AsyncKVStore("db", url=recorded.url, retry=policy, observer=events.append) as store,
     ):
         call = asyncio.create_task(store.get("k"))
         while not any(isinstance(event, CallRetried) for event in events):

@@ -19,6 +19,7 @@ pytest.importorskip("pyright", reason="pyright is not installed: pip install 'ai
     ],
     ids=["mypy", "pyright"],
 )
+@pytest.mark.slow
 def test_assertions_about_types_hold(checker: list[str]) -> None:
     done = subprocess.run(
         [str(Path(sys.executable).with_name(checker[0])), *checker[1:]],

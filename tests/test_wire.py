@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from aiokv.wire import (
     error_detail,
+    error_for_status,
     is_loopback,
     parse_retry_after,
     parse_ttl_query,
     parse_value_body,
+    redact,
     value_body,
 )
 
@@ -104,3 +106,36 @@ def test_error_shows_what_is_fit_to_be_shown(body: bytes, shown: str) -> None:
 )
 def test_loopback_is_told_by_name(host: str | None, expected: bool) -> None:  # noqa: FBT001 (a table of cases)
     assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize("status", [501, 505, 507])
+def test_answer_that_says_that_nothing_was_done_leaves_no_doubt(status: int) -> None:
+    assert not error_for_status(status, "no room left", write=True).maybe_applied
+
+
+@pytest.mark.parametrize("status", [204, 500, 502, 503, 504])
+def test_answer_that_leaves_the_outcome_of_a_write_open_says_so(status: int) -> None:
+    assert error_for_status(status, "failed", write=True).maybe_applied
+    assert not error_for_status(status, "failed", write=False).maybe_applied
+
+
+@pytest.mark.parametrize(
+    ("secrets", "redacted"),
+    [
+        (("a",), "a token was refused: abc"),
+        (("abc", "", "a t"), "a token was refused: abc"),
+        (("refused",), "a token was ***: abc"),
+        (("d: a",), "a token was refuse***bc"),
+    ],
+)
+def test_secrets_are_masked_unless_that_would_shred_the_text(secrets: tuple[str, ...], redacted: str) -> None:
+    assert redact("a token was refused: abc", secrets) == redacted
+
+
+@pytest.mark.parametrize(
+    "date",
+    ["Fri, 31 Dec 9999 23:59:59 -1200", "Mon, 01 Jan 0001 00:00:00 +1200", "9" * 5000, f"Thu, 01 Jan {'9' * 20} 12:00:30 GMT"],
+)
+def test_retry_after_at_the_end_of_time_is_read_or_left(date: str) -> None:
+    seconds = parse_retry_after(date)
+    assert seconds is None or seconds >= 0

@@ -1,16 +1,17 @@
-"""The waist of the house: what every place that holds values can do."""
+"""`Backend`: what every place that holds values can do."""
 
+import inspect
 from collections.abc import Callable
 from typing import Protocol
 
 Clock = Callable[[], float]
-"""Gives the present as seconds since the epoch; injected so that tests can move time."""
+"""Return the present as seconds since the epoch; injected so that tests can move time."""
 
 
 class Backend(Protocol):
-    """Hold expiring text values by namespace and key.
+    """A place that holds expiring text values by namespace and key.
 
-    Arguments are checked by the caller (`aiokv.limits`); a backend stores what it is given. Calls may run concurrently.
+    The store checks arguments (`aiokv.limits`); a backend stores what it is given. Calls may run concurrently.
     Two writes of one key that do not overlap take effect in their order: the last one wins.
     """
 
@@ -22,7 +23,7 @@ class Backend(Protocol):
             key: The key.
 
         Returns:
-            The value, or None where the key is absent or its time has come: an entry is never seen at or after its expiry.
+            The value, or None where the key is absent or has expired: an entry is never seen at or after its expiry.
 
         Raises:
             CallError: The value could not be read; the subclass says why.
@@ -30,7 +31,7 @@ class Backend(Protocol):
         ...
 
     async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
-        """Store a value, in place of the one that is there.
+        """Store a value; replace the present one.
 
         Args:
             db_name: The namespace.
@@ -39,22 +40,48 @@ class Backend(Protocol):
             ttl_seconds: Seconds from now until the entry expires.
 
         Raises:
-            CallError: The value could not be stored; `maybe_applied` says whether it may be there all the same.
+            CallError: The value could not be stored; `maybe_applied` is true where it may be there all the same.
         """
         ...
 
     async def delete(self, db_name: str, key: str) -> None:
-        """Remove an entry; succeed where there is none.
+        """Delete an entry; succeed where there is none.
 
         Args:
             db_name: The namespace.
             key: The key.
 
         Raises:
-            CallError: The entry could not be removed; `maybe_applied` says whether it may be gone all the same.
+            CallError: The entry could not be deleted; `maybe_applied` is true where it may be gone all the same.
         """
         ...
 
     async def aclose(self) -> None:
-        """Finish what was begun and give every resource back; safe to call twice."""
+        """Finish the writes under way and release every resource; safe to call twice."""
         ...
+
+
+def check_backend(backend: object) -> None:
+    """Check that an object has the methods of a `Backend`.
+
+    Args:
+        backend: Any object.
+
+    Raises:
+        TypeError: It is a class, or lacks one of the four coroutine methods.
+    """
+    if isinstance(backend, type):
+        raise TypeError(f"backend must be an object, not the class {backend.__name__}; write backend={backend.__name__}(...)")
+    wrong = [name for name in ("get", "set", "delete", "aclose") if not _may_be_awaited(getattr(backend, name, None))]
+    if wrong:
+        raise TypeError(
+            f"backend of type {type(backend).__name__} is no Backend: `async def {'`, `async def '.join(wrong)}` must be there "
+            "(get(db_name, key), set(db_name, key, value, ttl_seconds), delete(db_name, key), aclose())"
+        )
+
+
+def _may_be_awaited(method: object) -> bool:
+    """Return False for what is certainly no coroutine function; of compiled and wrapped ones nothing is known."""
+    return (
+        inspect.iscoroutinefunction(method) or (callable(method) and not inspect.isroutine(method)) or inspect.isbuiltin(method)
+    )

@@ -3,24 +3,24 @@
 import heapq
 import os
 import threading
-import time
 import weakref
 
+from aiokv import clock as process_clock
 from aiokv.backends.base import Clock
 
 _SWEEP_PER_SET = 2
 
 
 class MemoryBackend:
-    """Hold values in a dictionary; bound to no event loop, safe from several threads.
+    """A dictionary of values, for any number of event loops and threads.
 
-    Each set drops up to two expired entries, so that memory follows what is alive without a background task.
+    Each set deletes up to two expired entries, so that memory follows the number of live entries without a background task.
 
     Args:
-        clock: Gives the present in seconds.
+        clock: Returns the present in seconds; None takes `aiokv.clock.now`, looked up at each use.
     """
 
-    def __init__(self, clock: Clock = time.time) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock
         self._entries: dict[tuple[str, str], tuple[str, float]] = {}
         self._expiries: list[tuple[float, str, str]] = []
@@ -30,18 +30,21 @@ class MemoryBackend:
     async def get(self, db_name: str, key: str) -> str | None:
         """Read a value; see `Backend.get`."""
         entry = self._entries.get((db_name, key))
-        return entry[0] if entry is not None and self._clock() < entry[1] else None
+        if entry is None:
+            return None
+        now = process_clock.now() if self._clock is None else self._clock()
+        return entry[0] if now < entry[1] else None
 
     async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
         """Store a value; see `Backend.set`."""
-        now = self._clock()
+        now = process_clock.now() if self._clock is None else self._clock()
         with self._lock:
             self._sweep(now)
             self._entries[db_name, key] = (value, now + ttl_seconds)
             heapq.heappush(self._expiries, (now + ttl_seconds, db_name, key))
 
     async def delete(self, db_name: str, key: str) -> None:
-        """Remove an entry; see `Backend.delete`."""
+        """Delete an entry; see `Backend.delete`."""
         with self._lock:
             self._entries.pop((db_name, key), None)
 
@@ -54,16 +57,16 @@ class MemoryBackend:
                 break
             expires_at, db_name, key = heapq.heappop(self._expiries)
             entry = self._entries.get((db_name, key))
-            # The entry may have been set anew since; then a later item of the heap stands for it.
+            # The entry may have been set again since; then a later item of the heap stands for it.
             if entry is not None and entry[1] <= expires_at:
                 del self._entries[db_name, key]
-        # Rewritten and deleted keys leave items behind that would stay until their time, 30 days at most.
+        # Keys that were set again or deleted leave items behind, which would stay until their expiry, up to 30 days.
         if len(self._expiries) > 2 * len(self._entries) + 1024:
             self._expiries = [(expires_at, *name) for name, (_, expires_at) in self._entries.items()]
             heapq.heapify(self._expiries)
 
 
-# For forks: a thread that held a lock does not exist in the child, and would never let go of it.
+# For forks: a thread of the parent that held a lock does not exist in the child, and would never release it.
 _backends: "weakref.WeakSet[MemoryBackend]" = weakref.WeakSet()
 
 

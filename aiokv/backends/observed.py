@@ -1,15 +1,15 @@
-"""A backend whose calls somebody watches; what nobody watches is not wrapped."""
+"""A backend with an observer; a store without an observer does not use it."""
 
 from aiokv.backends.base import Backend
 from aiokv.telemetry import CallStarted, ObservedCall, Observer
 
 
 class ObservedBackend:
-    """Tell an observer of each call, and pass it on.
+    """A backend that notifies an observer of each call to another one.
 
     Args:
-        backend: Where calls go.
-        observer: Who is told.
+        backend: The other backend.
+        observer: The observer.
         url: The store's URL, for the events.
     """
 
@@ -31,7 +31,7 @@ class ObservedBackend:
             await self._backend.set(db_name, key, value, ttl_seconds)
 
     async def delete(self, db_name: str, key: str) -> None:
-        """Remove an entry; see `Backend.delete`."""
+        """Delete an entry; see `Backend.delete`."""
         with ObservedCall(self._observer, CallStarted("delete", db_name, key, self._url)):
             await self._backend.delete(db_name, key)
 

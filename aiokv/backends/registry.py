@@ -1,124 +1,129 @@
-"""From a URL to the backend that it names; what a backend needs is loaded only where it is named."""
+"""From a URL to the backend that it names: one table of schemes, to which installed packages can add.
+
+A package adds a scheme by an entry point of the group `aiokv.backends`: its name is the scheme, its object a
+`aiokv.backends.scheme.Scheme` or a
+function that takes the URL and returns a `Backend`. It is loaded when a URL of that scheme is first used.
+"""
 
 import os
-from pathlib import Path
-from urllib.parse import urlsplit
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from aiokv.backends.base import Backend
-from aiokv.backends.http.hedge import HedgePolicy
-from aiokv.backends.http.options import Credentials, HttpOptions
-from aiokv.backends.http.retry import RetryPolicy
+from aiokv.backends.base import Backend, check_backend
 from aiokv.backends.memory import MemoryBackend
-from aiokv.backends.observed import ObservedBackend
-from aiokv.errors import ConfigurationError
-from aiokv.telemetry import Observer
+from aiokv.backends.scheme import ClientOptions, Scheme
+from aiokv.errors import AioKVError, ConfigurationError, truncated
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+    from urllib.parse import SplitResult
 
 DEFAULT_URL = "https://kv.fal.media"
-
-_KNOWN_URLS = "https://host, http://host, sqlite:///kv.db (relative), sqlite:////path/kv.db (absolute), memory://"
-
-# What memory:// names belongs to the process, like a file to a machine: every store of one URL sees the same values.
-_memory_backends: dict[str, MemoryBackend] = {}
+ENTRY_POINT_GROUP = "aiokv.backends"
 
 
 def resolve_url(url: str | None) -> str:
-    """Say which URL counts.
+    """Return the URL that counts.
 
     Args:
         url: The program's, or None.
 
     Returns:
-        It, else the environment's `AIOKV_URL`, else fal's service.
+        It, else the environment's `AIOKV_URL`, else that of fal's service.
     """
     return url if url is not None else os.environ.get("AIOKV_URL") or DEFAULT_URL
 
 
-def shown_url(url: str) -> str:
-    """Make a URL fit to be shown, whatever somebody has put into it.
+def redacted_url(url: str) -> str:
+    """Return a URL that can be shown, whatever it holds.
 
     Args:
         url: A URL of any form.
 
     Returns:
-        It, with `***` for what stands before an `@`.
+        It, with `***` for the text before an `@`.
     """
     scheme, separator, rest = url.partition("://")
     return f"{scheme}://***@{rest.rpartition('@')[2]}" if separator and "@" in rest else url
 
 
-def check_url(url: str) -> str:
+def check_url(url: str) -> Scheme:
     """Check a store's URL, without I/O.
 
     Args:
-        url: `http(s)://host[:port][/prefix]`, `sqlite:///relative`, `sqlite:////absolute` or `memory://[name]`.
+        url: `http(s)://host[:port][/prefix]`, `sqlite:///relative`, `sqlite:////absolute`, `memory://[name]`, or a URL of a
+            scheme that an installed package adds.
 
     Returns:
-        Its scheme.
+        The row of its scheme.
 
     Raises:
         TypeError: It is not a string.
-        ConfigurationError: It is none of these forms; credentials in it are not repeated.
+        ConfigurationError: It is none of these forms, or the package that adds its scheme cannot be loaded; credentials
+            in it are not repeated.
     """
     if not isinstance(url, str):
         raise TypeError(f"url must be str, not {type(url).__name__}")
+    from urllib.parse import urlsplit  # noqa: PLC0415 (costly to import)
+
     if not url.isprintable() or url != url.strip():
-        raise ConfigurationError(f"url must not have control characters or white space at its ends; known forms: {_KNOWN_URLS}")
+        raise ConfigurationError(f"url must not have control characters or white space at its ends; {_known_forms()}")
     try:
         parts = urlsplit(url)
-        host = parts.hostname
-        _ = parts.port
     except ValueError:
-        raise ConfigurationError(f"url is malformed; known forms: {_KNOWN_URLS}") from None
-    if parts.scheme not in {"http", "https", "sqlite", "memory"}:
-        raise ConfigurationError(f"url has the unknown scheme {parts.scheme!r}; known forms: {_KNOWN_URLS}")
+        raise ConfigurationError(f"url is malformed; {_known_forms()}") from None
+    scheme = _SCHEMES.get(parts.scheme) or _plugin_scheme(parts.scheme)
+    if scheme is None:
+        raise ConfigurationError(
+            f"url has the unknown scheme {truncated(parts.scheme)}; {_known_forms()}, "
+            f"or what an installed package adds (entry point group {ENTRY_POINT_GROUP})"
+        )
     if "@" in parts.netloc:
         raise ConfigurationError("url must not hold credentials; pass credentials='<id>:<secret>' or set AIOKV_KEY")
     if parts.query or parts.fragment or url.endswith(("?", "#")):
         # Not repeated: a query may hold a secret.
-        raise ConfigurationError(f"url must not have a query or a fragment; known forms: {_KNOWN_URLS}")
-    if parts.scheme in {"http", "https"} and not host:
-        raise ConfigurationError(f"url {url!r} names no host")
-    if parts.scheme == "sqlite":
-        _sqlite_path(url)
-    if parts.scheme == "memory" and parts.path not in {"", "/"}:
-        raise ConfigurationError(f"url {url!r} must be memory:// or memory://name")
-    return parts.scheme
+        raise ConfigurationError(f"url must not have a query or a fragment; {_known_forms()}")
+    scheme.check(url, parts)
+    return scheme
 
 
-def identity_of(url: str) -> str:
-    """Say which store a URL means, so that two stores can tell whether they share it.
-
-    Args:
-        url: A URL of any form.
-
-    Returns:
-        The URL, with a file's path made absolute.
-    """
-    return f"sqlite:///{_sqlite_path(url).absolute()}" if check_url(url) == "sqlite" else url
-
-
-def preload(url: str) -> None:
-    """Import what a URL's backend needs, so that the first call in a running event loop does not pay for that.
-
-    Args:
-        url: A URL of any form.
-    """
-    if url.lower().startswith(("http://", "https://")):
-        import aiokv.backends.http.backend  # noqa: F401, PLC0415
-
-
-def open_backend(
-    url: str,
-    *,
-    credentials: str | Credentials | None = None,
-    http: HttpOptions | None = None,
-) -> Backend:
-    """Make the backend that a URL names; nothing is read or sent before its first call.
+def canonical_url(url: str) -> str:
+    """Return the one form of all URLs that name the same place.
 
     Args:
         url: As for `check_url`.
-        credentials: `"<id>:<secret>"` or an object with `authorization`, for `http(s)` URLs.
-        http: The pooled session, for `http(s)` URLs, which need a running event loop.
+
+    Returns:
+        The scheme in lower case; for `http(s)` the host too, without a default port or a slash at the end, and escapes as they
+        are sent; for `sqlite` the path absolute and without symbolic links.
+
+    Raises:
+        ConfigurationError: As for `check_url`.
+    """
+    scheme = check_url(url)
+    name, _, rest = url.partition(":")
+    return scheme.canonical(f"{name.lower()}:{rest}")
+
+
+def preload(url: str) -> None:
+    """Import what a URL's backend needs, so that the first call in a running event loop need not.
+
+    Args:
+        url: A URL of any form.
+    """
+    import_module("urllib.parse")
+    scheme = _SCHEMES.get(url.partition(":")[0].lower())
+    if scheme is not None and scheme.module is not None:
+        import_module(scheme.module)
+
+
+def open_backend(url: str, options: ClientOptions | None = None) -> Backend:
+    """Make the backend that a URL names; nothing is read or sent before its first call.
+
+    Args:
+        url: As for `check_url`. A backend behind `http(s)` needs a running event loop.
+        options: Credentials and the connection pool, for schemes to which they apply.
 
     Returns:
         The backend.
@@ -128,46 +133,178 @@ def open_backend(
         CredentialsError: The credentials are malformed or would travel in the clear.
     """
     scheme = check_url(url)
-    if scheme == "memory":
-        return _memory_backends.setdefault(urlsplit(url).netloc, MemoryBackend())
-    if scheme == "sqlite":
-        from aiokv.backends.sqlite import SqliteBackend  # noqa: PLC0415
+    return scheme.open(canonical_url(url), ClientOptions() if options is None else options)
 
-        return SqliteBackend(_sqlite_path(url))
+
+def with_client_options(backend: Backend, url: str, options: ClientOptions) -> Backend:
+    """Return a store's own view of a backend that it shares with others.
+
+    Args:
+        backend: What `open_backend` returned.
+        url: The URL that names it.
+        options: The store's `retry` and `hedge`, for schemes to which they apply.
+
+    Returns:
+        The backend itself, or one that shares its connections.
+    """
+    change = check_url(url).with_client_options
+    return backend if change is None else change(backend, options)
+
+
+def _known_forms() -> str:
+    return "known forms: " + ", ".join(dict.fromkeys(scheme.example for scheme in _SCHEMES.values()))
+
+
+# Schemes that installed packages add, as they were found.
+_plugins: dict[str, Scheme] = {}
+
+
+def _plugin_scheme(name: str) -> Scheme | None:
+    if name not in _plugins and name:
+        from importlib.metadata import entry_points  # noqa: PLC0415 (costly to import, and needed only here)
+
+        found = [entry for entry in entry_points(group=ENTRY_POINT_GROUP) if entry.name.lower() == name]
+        if len({entry.value for entry in found}) > 1:
+            packages = " and ".join(sorted(_package_of(entry) for entry in found))
+            raise ConfigurationError(f"the packages {packages} both add the scheme {name!r}; uninstall one of them")
+        if found:
+            _plugins[name] = _load_plugin(name, found[0])
+    return _plugins.get(name)
+
+
+def _load_plugin(name: str, entry: "EntryPoint") -> Scheme:
+    package = _package_of(entry)
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        raise ConfigurationError(
+            f"the package {package}, which adds the scheme {name!r}, cannot be loaded ({type(error).__name__}); "
+            "repair or uninstall it"
+        ) from error
+    if isinstance(loaded, Scheme):
+        return loaded._replace(open=_guarded(package, name, loaded.open))
+    if not callable(loaded):
+        raise ConfigurationError(
+            f"the package {package} adds the scheme {name!r} by an object of type {type(loaded).__name__}; "
+            f"it must be an aiokv.backends.scheme.Scheme or a function that takes the URL and returns a Backend"
+        )
+    return Scheme(open=_guarded(package, name, lambda url, _: loaded(url)))
+
+
+def _guarded(
+    package: str, name: str, open_plugin: Callable[[str, ClientOptions], object]
+) -> Callable[[str, ClientOptions], Backend]:
+    def open_(url: str, options: ClientOptions) -> Backend:
+        try:
+            backend = open_plugin(url, options)
+            check_backend(backend)
+        except AioKVError:
+            raise
+        except Exception as error:
+            # Not its text, which may hold anything.
+            raise ConfigurationError(
+                f"the package {package} cannot open its scheme {name!r} ({type(error).__name__}); repair or uninstall it"
+            ) from error
+        return backend  # type: ignore[return-value]  # checked above
+
+    return open_
+
+
+def _package_of(entry: "EntryPoint") -> str:
+    return entry.dist.name if entry.dist is not None else entry.value
+
+
+# What memory:// names belongs to the process, like a file to a machine: every store of one URL sees the same values.
+_memory_backends: dict[str, MemoryBackend] = {}
+
+
+def _check_memory(url: str, parts: "SplitResult") -> None:
+    if parts.path not in {"", "/"}:
+        raise ConfigurationError(f"url {truncated(url)} must be memory:// or memory://name")
+
+
+def _open_memory(url: str, _options: ClientOptions) -> Backend:
+    return _memory_backends.setdefault(_memory_name(url), MemoryBackend())
+
+
+def _memory_name(url: str) -> str:
+    return url[len("memory://") :].partition("/")[0]
+
+
+def _check_sqlite(url: str, _parts: "SplitResult") -> None:
+    path = _sqlite_path(url)
+    if url[: len("sqlite:///")].lower() != "sqlite:///" or path in {"", "/"}:
+        raise ConfigurationError(
+            f"url {truncated(url)} names no file; write sqlite:///kv.db, or sqlite:////path/kv.db from the root"
+        )
+    if path == ":memory:":
+        raise ConfigurationError("sqlite:///:memory: is not supported; use memory://")
+
+
+def _open_sqlite(url: str, _options: ClientOptions) -> Backend:
+    from aiokv.backends.sqlite import SqliteBackend  # noqa: PLC0415
+
+    return SqliteBackend(_sqlite_path(url))
+
+
+def _sqlite_path(url: str) -> str:
+    return url[len("sqlite:///") :]
+
+
+def _check_http(url: str, parts: "SplitResult") -> None:
+    try:
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ConfigurationError(f"url is malformed; {_known_forms()}") from None
+    if not host:
+        raise ConfigurationError(f"url {truncated(url)} names no host")
+
+
+def _canonical_http(url: str) -> str:
+    from yarl import URL  # noqa: PLC0415
+
+    # As the client sends it: escapes that need not be are decoded, dot segments are resolved.
+    address = URL(url)
+    return f"{address.scheme}://{address.host_port_subcomponent}{address.raw_path.rstrip('/')}"
+
+
+def _open_http(url: str, options: ClientOptions) -> Backend:
     from yarl import URL  # noqa: PLC0415
 
     from aiokv.backends.http.backend import RemoteBackend  # noqa: PLC0415
 
-    return RemoteBackend(URL(url), credentials=credentials, options=http)
+    return RemoteBackend(URL(url), credentials=options.credentials, options=options.http)
 
 
-def tailored(
-    backend: Backend, url: str, *, retry: RetryPolicy, hedge: HedgePolicy | None = None, observer: Observer | None = None
-) -> Backend:
-    """Give a store's own view of a backend that it shares with others.
+def _with_http_options(backend: Backend, options: ClientOptions) -> Backend:
+    from aiokv.backends.http.backend import RemoteBackend  # noqa: PLC0415
 
-    Args:
-        backend: What `open_backend` gave.
-        url: The URL that names it.
-        retry: Attempts and timeouts, for `http(s)` URLs.
-        hedge: When reads are sent a second time, for `http(s)` URLs; None never.
-        observer: Who is told of its calls; None costs nothing.
-
-    Returns:
-        The backend itself, or one in front of it.
-    """
-    if check_url(url) in {"http", "https"}:
-        from aiokv.backends.http.backend import RemoteBackend  # noqa: PLC0415
-
-        if isinstance(backend, RemoteBackend):
-            backend = backend.with_options(retry, hedge)
-    return backend if observer is None else ObservedBackend(backend, observer, url)
+    return backend.with_options(options.retry, options.hedge) if isinstance(backend, RemoteBackend) else backend
 
 
-def _sqlite_path(url: str) -> Path:
-    head, path = url[: len("sqlite:///")].lower(), url[len("sqlite:///") :]
-    if head != "sqlite:///" or path in {"", "/"}:
-        raise ConfigurationError(f"url {url!r} names no file; write sqlite:///kv.db, or sqlite:////path/kv.db from the root")
-    if path == ":memory:":
-        raise ConfigurationError("sqlite:///:memory: is not supported; use memory://")
-    return Path(path)
+_HTTP = Scheme(
+    open=_open_http,
+    check=_check_http,
+    canonical=_canonical_http,
+    with_client_options=_with_http_options,
+    takes_credentials=True,
+    module="aiokv.backends.http.backend",
+    example="https://host, http://host",
+)
+_SCHEMES = {
+    "https": _HTTP,
+    "http": _HTTP,
+    "sqlite": Scheme(
+        open=_open_sqlite,
+        check=_check_sqlite,
+        canonical=lambda url: f"sqlite:///{os.path.realpath(_sqlite_path(url))}",
+        module="aiokv.backends.sqlite",
+        example="sqlite:///kv.db (relative), sqlite:////path/kv.db (absolute)",
+    ),
+    "memory": Scheme(
+        open=_open_memory,
+        check=_check_memory,
+        canonical=lambda url: f"memory://{_memory_name(url)}",
+        example="memory://",
+    ),
+}

@@ -1,74 +1,70 @@
 """`kv_cached`: share the results of a coroutine function through a store."""
 
-import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from types import EllipsisType
-from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Protocol, Self, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
-from aiokv.caching.binding import CachedCallable
-from aiokv.caching.cache import MISSED, Cache, cache_mode
-from aiokv.caching.codec import Codec, ResultCodec
-from aiokv.caching.keys import KeyMaker
-from aiokv.caching.near import NearCache
-from aiokv.caching.options import CacheEvent, CacheOptions, Ttl
-from aiokv.caching.state import Call
+from aiokv.caching.binding import CachedCallable, check_coroutine_function
+from aiokv.caching.codecs import Codec, check_codecs
+from aiokv.caching.events import CacheEvent
+from aiokv.caching.flights import Call
+from aiokv.caching.modes import cache_mode
+from aiokv.caching.near import MISSED, NearCache
+from aiokv.caching.options import CacheOptions, Ttl
+from aiokv.caching.peeked import Peeked
+from aiokv.caching.shipping import Recipe
 from aiokv.store import AsyncKVStore
 
+_new_object: Any = object.__new__
 P = ParamSpec("P")
 P2 = ParamSpec("P2")
 R = TypeVar("R")
 S = TypeVar("S")
 
-_mode = cache_mode.get
 
-
-class Peeked(NamedTuple, Generic[R]):
-    """What is stored of a call.
-
-    Args:
-        value: The result.
-        age: Seconds since its computation began.
-        fresh: Whether a call would be served with it without a thought.
-    """
-
-    value: R
-    age: float
-    fresh: bool
-
-
-class CachedFunction(CachedCallable[R], Generic[P, R]):
+class CachedFunction(CachedCallable, Generic[P, R]):
     """A coroutine function whose results are shared through a store; made by `kv_cached`."""
 
-    __slots__ = ("_near_slots", "_quick")
+    __slots__ = ("_near",)
 
     decorator_name = "kv_cached"
 
-    def __init__(self, cache: Cache[R]) -> None:
-        super().__init__(cache)
-        # Each is made once, and only ever changed in place.
-        self._near_slots = cache.near_slots
-        self._quick = cache.keys.quick
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self._near = self._cache.near
 
     def bound_to(self, instance: object) -> Self:
         """Bind; see `CachedCallable.bound_to`."""
-        bound = super().bound_to(instance)
-        bound._near_slots = self._near_slots  # noqa: SLF001 (of this class)
-        bound._quick = self._quick  # noqa: SLF001 (likewise)
+        if self._bound:
+            return self
+        # Written out, since each call of a method passes here.
+        bound: Self = _new_object(type(self))
+        bound.__dict__ = self.__dict__
+        bound._cache = self._cache
+        bound._near = self._near
+        bound._stand_in = self._stand_in
+        bound._bound = (instance,)
         return bound
 
     async def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Give the result of a call, cached or computed."""
+        """Return the result of a call, cached or computed."""
         arguments = (*self._bound, *args) if self._bound else args
-        if self._near_slots:
-            # The shortest way to the near cache, for plain arguments: no key is made.
-            try:
-                slot = self._near_slots.get(self._quick(*arguments, **kwargs))
-            except TypeError:
-                # An argument is not hashable, or the arguments do not fit: the long way knows.
-                slot = None
-            if slot is not None and _mode() == "use" and (result := self._cache.near_hit(slot)) is not MISSED:
+        if self._near is not None:
+            result: R = self._near.quick_hit(arguments, kwargs)
+            if result is not MISSED:
                 return result
-        return await self._cache.get(arguments, kwargs)
+        mode = cache_mode.get()
+        cache = self._cache
+        if mode == "bypass":
+            return await cache.function(*arguments, **kwargs)  # type: ignore[no-any-return]
+        call = cache.call(arguments, kwargs)
+        store = cache.stores.fixed or cache.stores.of(arguments, kwargs)
+        if self._near is not None and mode == "use":
+            result = self._near.get((cache.flights_of(store).target, call.key))
+            if result is not MISSED:
+                return result
+        (result,) = await cache.read_through(store, (call,), mode)
+        return result
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
@@ -87,7 +83,7 @@ class CachedFunction(CachedCallable[R], Generic[P, R]):
         return self if instance is None else self.bound_to(instance)
 
     def key(self, /, *args: P.args, **kwargs: P.kwargs) -> str:
-        """Say under what key a call's result is stored.
+        """Return the key that a call's result is stored under.
 
         Returns:
             `prefix:version:digest`.
@@ -104,24 +100,22 @@ class CachedFunction(CachedCallable[R], Generic[P, R]):
         Returns:
             The result with its age, or None where there is none.
         """
-        cache = self._cache
-        found, _ = await cache.read(self._call(args, kwargs))
-        if found is None:
-            return None
-        now = cache.clock()
-        return Peeked(cast("R", found.value), now - found.entry.started, now < found.entry.fresh_until)
+        store, call = self._call(args, kwargs)
+        return cast("Peeked[R] | None", (await self._cache.peek(store, (call,))).get(call.key))
 
     async def refresh(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Compute a call anew and store that; several at once compute once. What it calls is served as ever.
+        """Compute a call anew and store that; several refreshes at once compute once. Cached functions inside it are served.
+
+        Where the store fails, this process serves nothing older all the same; other processes may.
 
         Returns:
             The new result.
         """
-        self._check_binding()
-        return await self._cache.get((*self._bound, *args), kwargs, "refresh")
+        store, call = self._call(args, kwargs)
+        return cast("R", (await self._cache.read_through(store, (call,), "refresh"))[0])
 
     async def prime(self, value: R, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Store a result that was had elsewhere, as if the call had given it.
+        """Store a result that was computed elsewhere, as if the call had returned it.
 
         Args:
             value: The result.
@@ -130,21 +124,26 @@ class CachedFunction(CachedCallable[R], Generic[P, R]):
 
         Raises:
             TypeError: The value would come back changed.
+            ValueError: The value cannot be stored.
+            CallError: The value is not known to be stored.
         """
-        await self._cache.prime(self._call(args, kwargs), value)
+        store, call = self._call(args, kwargs)
+        await self._cache.prime(store, (call,), (value,))
 
     async def invalidate(self, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Forget the result of a call, in the store and here; a computation under way in this process is not stored.
+        """Delete the result of a call, in the store and here; a computation under way in this process is not stored.
 
         Raises:
-            CallError: The store could not be reached, or another event loop is still writing the result: it may be served yet.
+            CallError: The store failed: other processes may serve the result, this one does not. Or another event loop is still
+                storing an older result, which may be served until that has ended.
         """
-        await self._cache.invalidate(self._call(args, kwargs))
+        store, call = self._call(args, kwargs)
+        await self._cache.invalidate(store, (call,))
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AsyncKVStore, Call]:
         self._check_binding()
         arguments = self._bound + args
-        return self._cache.call(self._cache.keys(arguments, kwargs), arguments, kwargs)
+        return self._cache.stores.of(arguments, kwargs), self._cache.call(arguments, kwargs)
 
 
 class CachedClassMethod(Generic[P, R]):
@@ -177,6 +176,28 @@ class Decorator(Protocol):
     def __call__(self, function: Callable[P, Awaitable[R]], /) -> CachedFunction[P, R]: ...
 
 
+def compute_one(function: Callable[..., Awaitable[Any]]) -> Callable[[Sequence[Call]], Awaitable[Sequence[Any]]]:
+    """Adapt a function to what a cache computes with.
+
+    Args:
+        function: The program's function.
+
+    Returns:
+        A function from one call to its result.
+    """
+
+    async def compute(calls: Sequence[Call]) -> Sequence[Any]:
+        (call,) = calls
+        return (await function(*call.args, **call.kwargs),)
+
+    return compute
+
+
+def whole(returns: Any) -> Any:
+    """Return the type of a stored result: all that the function returns."""
+    return returns
+
+
 def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
     ttl: Ttl | Callable[[Any], Ttl | None],
     *,
@@ -186,7 +207,7 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
     ignore: Iterable[str] = (),
     vary: Callable[..., object] | None = None,
     prefix: str | None = None,
-    version: int | str = 0,
+    version: int | str | None = None,
     returns: Any = None,
     codec: Codec | Sequence[Codec] | None = None,
     when: Callable[[Any], bool] | None = None,
@@ -206,31 +227,38 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
     """Share a coroutine function's results through a store; only `ttl` needs to be said.
 
     Args:
-        ttl: How long a result is fresh, from 1 second to 30 days, or a function of the result that says so, or None not to
-            store it.
+        ttl: How long a result is fresh, from 1 second to 30 days, counted from the end of its computation; or a function of
+            the result that returns this. Of a function, None, 0 or less means not to store it, and over 30 days means 30 days.
         store: Where results live: a store, or a function that gives it (from the instance, for methods); None takes
             `default_store()`.
         db_name: A namespace of the default configuration, where `store` is not given.
-        key: Gives what identifies a call, from its arguments, in place of them.
+        key: Returns what identifies a call, from its arguments, in place of them.
         ignore: Parameters that do not count, such as `self` or a session.
-        vary: Gives what a call depends on beside its arguments, such as a tenant.
+        vary: Returns what a call depends on beside its arguments, such as a tenant.
         prefix: The readable beginning of keys; None takes module and qualified name.
-        version: Raise it where results of old code must not be served.
+        version: Pins the keys. None takes the fingerprint of the function's own source, so that a changed body is computed
+            anew. Functions that it calls are not looked at: where these change, pass another version. Two functions of one
+            prefix share results only where both pin the same version.
         returns: The type to decode to, where the return annotation does not say it.
-        codec: Steps between JSON and the store: `Zstd()`, `Encrypted(key)`, or a list of them.
+        codec: Steps between JSON and the store: `Zstd()`, `Encrypted(key)`, or a list of them, `Encrypted` last.
         when: Whether a result is to be stored.
         none_ttl: `ttl` for a result of None; None not to store it, `...` as any other.
         jitter: Shortens each ttl by a random part of it, up to this share (0 to 1), so that not all expire at once.
-        early: How eagerly to compute anew, in the background, before a result ceases to be fresh; 0 never.
-        stale_while_revalidate: For how many seconds after that a result is served while it is computed anew behind.
-        stale_if_error: For how many seconds after that a result is served where the function fails.
+        early: How eagerly to compute anew before a result stops being fresh; 0 never. That runs in the background, on copies of
+            the arguments; it runs in the caller's own call where an argument is left out of the key or cannot be copied.
+        stale_while_revalidate: For how many seconds after it stopped being fresh a result is served while it is computed anew
+            in the background. Arguments that are left out of the key are used there as they are, after their caller has its
+            answer: let them outlive the call.
+        stale_if_error: For how many seconds after it stopped being fresh a result is served where the function fails. The next
+            attempt waits 1 second, doubling to 30.
         error_types: What counts as such a failure.
-        read_timeout: Seconds that a call waits for the store at most.
-        near: A cache in this process in front of the store; nothing invalidates it from elsewhere.
-        on_store_error: Whether a failing store is gone around or raises.
+        read_timeout: Seconds that a call waits for the store at most, for a read, and again for a write.
+        near: A cache in this process in front of the store; no other process invalidates it.
+        on_store_error: What a failing store means: `"bypass"` calls the function, `"raise"` raises the store's error.
         write: Whether a caller waits until its result is stored, for `read_timeout` at most.
-        on_oversize: Whether a result that is too large for the store is served without being stored, or raises.
-        observer: Is told what happens to each call.
+        on_oversize: What a result that is too large for the store means: `"skip"` returns it and does not store it,
+            `"raise"` raises.
+        observer: Called with each event of each call; what it raises is logged.
 
     Returns:
         A decorator for coroutine functions; in a class it stands below `@staticmethod` and above `@classmethod`. mypy binds
@@ -259,34 +287,22 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
         observer=observer,
     )
 
+    # It may be an iterator, and be needed again.
+    ignored = ignore if isinstance(ignore, str) else tuple(ignore)
+
     def decorate(decorated: Any) -> Any:
         function = decorated.__func__ if isinstance(decorated, classmethod) else decorated
         check_coroutine_function(function)
-        keys = KeyMaker(function, prefix=prefix, version=version, ignore=ignore, key=key, vary=vary)
-        cache: Cache[Any] = Cache(function, keys, ResultCodec(function, returns, codec), options)
-        cached: CachedFunction[..., Any] = CachedFunction(cache)
+        recipe = Recipe(
+            function=function,
+            make_compute=compute_one,
+            part=whole,
+            options=options,
+            codecs=check_codecs(codec),
+            keys={"prefix": prefix, "version": version, "ignore": ignored, "key": key, "vary": vary},
+            returns=returns,
+        )
+        cached: CachedFunction[..., Any] = CachedFunction(recipe)
         return CachedClassMethod(cached) if isinstance(decorated, classmethod) else cached
 
     return decorate
-
-
-def check_coroutine_function(function: object) -> None:
-    """Check what is decorated.
-
-    Args:
-        function: Anything.
-
-    Raises:
-        TypeError: It is no coroutine function.
-    """
-    name = getattr(function, "__qualname__", None)
-    if name is None:
-        raise TypeError(f"a {type(function).__name__} is not a coroutine function (async def); call it in one, and cache that")
-    if isinstance(function, classmethod | staticmethod):
-        raise TypeError(f"put it below @{type(function).__name__}, not above it")
-    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-        raise TypeError(f"{name} is a generator: it has no one result; collect it into a list in a coroutine and cache that")
-    if not (inspect.iscoroutinefunction(function) or isinstance(function, CachedFunction)):
-        raise TypeError(
-            f"{name} is not a coroutine function (async def); for a blocking one, await asyncio.to_thread inside one"
-        )

@@ -1,59 +1,45 @@
-"""From a call to its key: the arguments as they are bound, encoded so that no two different calls share a key. Pure.
+"""From a call to its key: the arguments as they are bound, encoded so that no two different calls share a key."""
 
-The encoding is a persistent format: a change of it empties every cache, and golden vectors in the tests hold it still.
-Every value is written as a tag of one byte, its length or count, and its content, so that no content can pass for structure.
-"""
-
-import dataclasses
-import datetime as dt
-import decimal
-import enum
+import copy
 import hashlib
 import inspect
-import pathlib
-import struct
-import sys
-import uuid
-import zoneinfo
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from aiokv.caching.naming import canonical_module
+from aiokv.caching.encoding import encode, is_settled, slot_names
+from aiokv.caching.fingerprint import fingerprint
+from aiokv.caching.naming import Unencodable, canonical_module
 from aiokv.limits import check_entry
 
 DIGEST_BYTES = 16
 MAX_PREFIX_CHARS = 512
 
-_FLOAT = struct.Struct(">d")
-_CANONICAL_NAN = _FLOAT.pack(float("nan"))
+# Raised where the same call gets another digest than before.
+_FORMAT = b"2"
 # Equal and of equal type means the same call for these, which lets a call be looked up before it is encoded. Not so for
 # floats: 0.0 equals -0.0, and NaN not itself.
 _PLAIN_TYPES = frozenset({str, int, bool, bytes, type(None)})
-_MAX_REMEMBERED_CALLS = 2_048
+# Two generations of remembered calls: when the younger is full, the older is forgotten.
+_MAX_REMEMBERED_CALLS = 1_024
 _MAX_REMEMBERED_BYTES = 512
 
 
-class Unencodable(TypeError):  # noqa: N818 (a TypeError by its base's name)
-    """Say that a value has no canonical encoding; its `path` says where in the argument it stands."""
-
-    def __init__(self, value: object, path: str = "") -> None:
-        super().__init__(f"{type(value).__module__}.{type(value).__qualname__}")
-        self.path = path
-
-
 class KeyMaker:
-    """Make the keys of one function's calls.
+    """The keys of one function's calls.
 
     Args:
         function: The coroutine function.
-        prefix: The readable beginning of its keys; None takes its module and qualified name.
-        version: Told apart from every other version, so that raising it leaves old entries behind.
+        prefix: The readable beginning of its keys; None takes its module and qualified name. Two functions share results
+            where both prefix and version are the same.
+        version: Told apart from every other version. None takes the fingerprint of the function's own source: a changed body
+            leaves old entries behind, a changed comment, layout, docstring, decorator above or annotation does not. Functions
+            that the body calls and globals that it reads are not looked at: where they change, pass a version.
         ignore: Parameters that do not count.
-        key: Gives what identifies a call from its arguments, in place of them.
-        vary: Gives what a call depends on beside its arguments.
+        key: Returns what identifies a call from its arguments, in place of them.
+        vary: Returns what a call depends on beside its arguments.
 
     Raises:
-        TypeError: `ignore` names a parameter that the function has not.
+        TypeError: `ignore` names a parameter that the function has not, or `version` is of another type.
         ValueError: The function is local and has no `key`, or the prefix is too long.
     """
 
@@ -62,7 +48,7 @@ class KeyMaker:
         function: Callable[..., object],
         *,
         prefix: str | None = None,
-        version: int | str = 0,
+        version: int | str | None = None,
         ignore: Iterable[str] = (),
         key: Callable[..., object] | None = None,
         vary: Callable[..., object] | None = None,
@@ -73,37 +59,44 @@ class KeyMaker:
                 f"{self._name} is defined inside a function: another call of that one makes another {function.__name__}, "
                 "and both would share results; move it to the module, or pass key= and count in what it closes over"
             )
-        self._prefix = f"{canonical_module(function.__module__)}.{self._name}" if prefix is None else prefix
-        if not self._prefix or len(self._prefix) > MAX_PREFIX_CHARS:
-            raise ValueError(f"prefix must be 1 to {MAX_PREFIX_CHARS} characters, not {len(self._prefix)}")
+        if version is None:
+            version = fingerprint(function)
+        elif isinstance(version, bool) or not isinstance(version, int | str):
+            raise TypeError(f"version must be int, str or None, not {type(version).__name__}")
+        self.prefix = f"{canonical_module(function.__module__)}.{self._name}" if prefix is None else str(prefix)
+        self.version = str(version)
+        # Plain ones, also where these are of classes of their own.
+        version = self.version if isinstance(version, str) else int(version)
+        if not self.prefix or len(self.prefix) > MAX_PREFIX_CHARS:
+            raise ValueError(f"prefix must be 1 to {MAX_PREFIX_CHARS} characters, not {len(self.prefix)}")
+        self._start = f"{self.prefix}:{version}:"
         # The rest of a key is digits, and takes a fixed room.
         try:
-            check_entry("", f"{self._prefix}:{version}:")
+            check_entry("", self._start)
         except ValueError as error:
             raise ValueError(f"prefix and version cannot stand in a key: {error}") from None
-        signature = inspect.signature(function)
+        self._signature = inspect.signature(function)
+        parameters = self._signature.parameters
         ignored = {ignore} if isinstance(ignore, str) else set(ignore)
-        if unknown := ignored - set(signature.parameters):
+        if unknown := ignored - set(parameters):
             raise TypeError(
-                f"ignore names {sorted(unknown)}, which {self._name} has not; its parameters are {list(signature.parameters)}"
+                f"ignore names {sorted(unknown)}, which {self._name} has not; its parameters are {list(parameters)}"
             )
-        self._names = tuple(name for name in signature.parameters if name not in ignored)
-        self._bind = _compile_binding(function, signature, self._names)
+        self._names = tuple(name for name in parameters if name not in ignored)
+        # The dictionary of these is made for each call, so that its items alone can change.
+        self._keywords = [
+            index for index, name in enumerate(self._names) if parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        ]
+        self._bind = _compile_binding(function, self._signature, self._names)
         self._has_more = key is not None or vary is not None
         self._key = key
         self._vary = vary
-        self._version = version
-        if isinstance(version, bool) or not isinstance(version, int | str):
-            raise TypeError(f"version must be int or str, not {type(version).__name__}")
-        self._start = b"".join((encode(self._prefix), encode(version), encode(self._names if key is None else ())))
-        self._remembered: dict[tuple[object, ...], str] = {}
+        self.leaves_out = bool(ignored) or (key is not None and bool(parameters))
+        self._head = b"".join(map(encode, (_FORMAT, self.prefix, version, self._names if key is None else ())))
+        self._young: dict[tuple[object, ...], str] = {}
+        self._old: dict[tuple[object, ...], str] = {}
         # The counted arguments, then their types; only where these are plain does equality mean the same call.
-        self.quick = _compile_binding(function, signature, self._names, types=True)
-
-    @property
-    def prefix(self) -> str:
-        """The readable beginning of every key."""
-        return self._prefix
+        self.quick = _compile_binding(function, self._signature, self._names, types=True)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """Make the key of a call.
@@ -118,65 +111,169 @@ class KeyMaker:
         Raises:
             TypeError: The arguments do not fit the function, or one of them has no canonical encoding.
         """
-        values = self._bind(*args, **kwargs)
         if self._has_more:
-            values = self._values_with_more(values, args, kwargs)
+            return self._make_digest(self._values_with_more(args, kwargs))
         # Each value with its type: 1 and True, which are equal, are two calls.
-        call = (*values, *map(type, values))
-        plain = _PLAIN_TYPES.issuperset(call[len(values) :])
-        if plain and (key := self._remembered.get(call)) is not None:
-            return key
-        encoded = self._encode(values)
-        digest = hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).hexdigest()
-        key = f"{self._prefix}:{self._version}:{digest}"
-        if plain and len(encoded) <= _MAX_REMEMBERED_BYTES:
-            if len(self._remembered) >= _MAX_REMEMBERED_CALLS:
-                self._remembered.clear()
-            self._remembered[call] = key
-        return key
+        call = self.quick(*args, **kwargs)
+        values = call[: len(call) // 2]
+        return self._plain_key(call, values) if _PLAIN_TYPES.issuperset(call[len(values) :]) else self._make_digest(values)
 
-    def plain_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...] | None:
-        """Say what identifies a call of plain arguments in this process, for a look-up that makes no key.
+    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, bool]:
+        """Make the key of a call, and tell whether it is settled.
 
         Args:
             args: The positional arguments.
             kwargs: The keyword arguments.
 
         Returns:
-            What `quick` gives for this call, or None where equality of that does not mean the same call.
+            The key as `__call__` returns it; and True where it is made of arguments that can never change, so that making it
+            again is needless.
+
+        Raises:
+            TypeError: See `__call__`.
+        """
+        if self._has_more:
+            return self._make_digest(self._values_with_more(args, kwargs)), False
+        call = self.quick(*args, **kwargs)
+        try:
+            # Calls of plain arguments alone are remembered, with their types.
+            key = self._young.get(call)
+        except TypeError:
+            key = None
+        if key is not None:
+            return key, True
+        values = call[: len(call) // 2]
+        if _PLAIN_TYPES.issuperset(call[len(values) :]):
+            return self._plain_key(call, values), True
+        return self._make_digest(values), all(
+            all(map(is_settled, value.values())) if index in self._keywords else is_settled(value)
+            for index, value in enumerate(values)
+        )
+
+    def plain_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...] | None:
+        """Return what identifies a call of plain arguments in this process, for a look-up that makes no key.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+
+        Returns:
+            What `quick` returns for this call, or None where equality of that does not mean the same call.
         """
         if self._has_more:
             return None
         call = self.quick(*args, **kwargs)
         return call if _PLAIN_TYPES.issuperset(call[len(call) // 2 :]) else None
 
-    def _values_with_more(self, values: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    def copies(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Copy a call, so that what its caller changes afterwards does not reach the copy.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+
+        Returns:
+            The arguments, of which those that count and can change are deep copies. Ignored arguments, objects with
+            `__cache_key__` and, with `key=`, what has no canonical encoding stay as they are. None where there is no copy, or
+            the copy has another key.
+
+        Raises:
+            TypeError: See `__call__`.
+        """
+        key = self(args, kwargs)
+        bound = self._signature.bind(*args, **kwargs)
+        memo: dict[int, Any] = {}
+        try:
+            for name in self._names:
+                if name in bound.arguments and (self._key is None or _is_encodable(bound.arguments[name])):
+                    bound.arguments[name] = _copy(bound.arguments[name], memo)
+            copied = bound.args, bound.kwargs
+            return copied if self(*copied) == key else None
+        except Exception:  # noqa: BLE001 (copying runs code of the arguments' classes)
+            return None
+
+    def _plain_key(self, call: tuple[object, ...], values: tuple[object, ...]) -> str:
+        """Return the key of a call of plain arguments, from memory where it was made lately."""
+        key = self._young.get(call)
+        if key is not None:
+            return key
+        key = self._old.get(call)
+        if key is None:
+            encoded = self._encode(values)
+            key = self._start + hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).hexdigest()
+            if len(encoded) > _MAX_REMEMBERED_BYTES:
+                return key
+        if len(self._young) >= _MAX_REMEMBERED_CALLS:
+            self._old, self._young = self._young, {}
+        self._young[call] = key
+        return key
+
+    def _values_with_more(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        values = self._bind(*args, **kwargs)
         if self._key is not None:
             values = (self._key(*args, **kwargs),)
         return values if self._vary is None else (*values, self._vary(*args, **kwargs))
 
+    def _make_digest(self, values: tuple[object, ...]) -> str:
+        return self._start + hashlib.blake2b(self._encode(values), digest_size=DIGEST_BYTES).hexdigest()
+
     def _encode(self, values: tuple[object, ...]) -> bytes:
-        parts = [self._start]
-        names = self._names if self._key is None else ("key=",)
-        for name, value in zip((*names, "vary="), values, strict=False):
-            try:
-                parts.append(encode(value))
-            except Unencodable as error:
-                own = f"what {name} gives" if name.endswith("=") else f"the argument {name}"
-                advice = "" if name.endswith("=") else f"leave it out with ignore=({name!r},), say what counts with key=, or "
-                raise TypeError(
-                    f"{self._name}: {own}{error.path} is of type {error}, which has no canonical encoding; "
-                    f"{advice}give it a __cache_key__ method"
-                ) from None
-            except RecursionError:
-                raise TypeError(f"{self._name}: the argument {name} is nested too deeply, or holds itself") from None
+        parts = [self._head]
+        try:
+            for value in values:
+                parts.append(encode(value))  # noqa: PERF401 (the count so far says which argument an error is about)
+        except (Unencodable, RecursionError) as error:
+            raise self._refusal(len(parts) - 1, error) from None
         return b"".join(parts)
+
+    def _refusal(self, index: int, error: Unencodable | RecursionError) -> TypeError:
+        name = (*(self._names if self._key is None else ("key=",)), "vary=")[index]
+        place = f"what {name} returns" if name.endswith("=") else f"the argument {name}"
+        if isinstance(error, RecursionError):
+            return TypeError(f"{self._name}: {place} is nested too deeply, or holds itself")
+        advice = "" if name.endswith("=") else f"leave it out with ignore=({name!r},), say what counts with key=, or "
+        return TypeError(f"{self._name}: {place}{error.path} is of type {error}; {advice}give it a __cache_key__ method")
+
+
+def _is_encodable(value: object) -> bool:
+    try:
+        encode(value)
+    except (Unencodable, RecursionError):
+        return False
+    return True
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    if is_settled(value):
+        return value
+    _keep_own_keys(value, memo, set())
+    return copy.deepcopy(value, memo)
+
+
+def _keep_own_keys(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
+    """Enter the objects with `__cache_key__` inside a value in the memo of `deepcopy`, as copies of themselves."""
+    if id(value) in seen or is_settled(value):
+        return
+    seen.add(id(value))
+    kind = type(value)
+    if hasattr(kind, "__cache_key__"):
+        memo[id(value)] = value
+        return
+    inner: list[object] = []
+    if isinstance(value, dict):
+        inner += [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple | set | frozenset):
+        inner += value
+    inner += getattr(value, "__dict__", {}).values()
+    inner += [getattr(value, name, None) for name in slot_names(kind)]
+    for each in inner:
+        _keep_own_keys(each, memo, seen)
 
 
 def _compile_binding(
     function: Callable[..., object], signature: inspect.Signature, counted: tuple[str, ...], *, types: bool = False
 ) -> Callable[..., tuple[Any, ...]]:
-    """Compile a function of the same signature that gives the counted arguments, with defaults applied, and their types."""
+    """Compile a function of the same signature that returns the counted arguments, with defaults applied, and their types."""
     type_of = "_type"
     while type_of in signature.parameters:
         type_of += "_"
@@ -200,171 +297,3 @@ def _compile_binding(
     binding: Callable[..., tuple[Any, ...]] = eval(source, defaults)  # noqa: S307
     binding.__qualname__ = function.__qualname__
     return binding
-
-
-def encode(value: object) -> bytes:
-    """Encode a value canonically.
-
-    Args:
-        value: None, bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, Enum, date, time,
-            datetime, timedelta, Decimal, UUID, Path, class, dataclass, named tuple, pydantic model, numpy array or scalar, an
-            object with `__cache_key__()`, and what of these is nested in these.
-
-    Returns:
-        Bytes that differ for different values and types, and are the same in every process and on every machine.
-
-    Raises:
-        Unencodable: The value, or one inside it, is of another type.
-        RecursionError: It holds itself.
-    """
-    encoder = _ENCODERS.get(type(value))
-    return encoder(value) if encoder is not None else _encode_by_kind(value)
-
-
-def _tagged(tag: bytes, content: bytes) -> bytes:
-    return b"%b%d:%b" % (tag, len(content), content)
-
-
-def _counted(tag: bytes, parts: list[bytes]) -> bytes:
-    return b"%b%d:%b" % (tag, len(parts), b"".join(parts))
-
-
-def _encode_float(value: float) -> bytes:
-    return b"f" + (_CANONICAL_NAN if value != value else _FLOAT.pack(value))  # noqa: PLR0124 (NaN alone differs from itself)
-
-
-def _encode_items(tag: bytes, values: Iterable[object]) -> bytes:
-    return _counted(tag, [_inside(value, f"[{index}]") for index, value in enumerate(values)])
-
-
-def _encode_set(tag: bytes, values: Iterable[object]) -> bytes:
-    return _counted(tag, sorted(_inside(value, "{...}") for value in values))
-
-
-def _encode_dict(values: Mapping[Any, object]) -> bytes:
-    # By encoded key: equal dictionaries share an encoding, whatever order they were filled in.
-    pairs = sorted((_inside(key, ".keys()"), _inside(value, ".values()")) for key, value in values.items())
-    return _counted(b"d", [part for pair in pairs for part in pair])
-
-
-def _encode_datetime(value: dt.datetime) -> bytes:
-    zone = value.tzinfo
-    name = ""
-    if isinstance(zone, zoneinfo.ZoneInfo) and zone.key is not None:
-        # A named zone says more than its offset of the day, which stands in the ISO form.
-        name = zone.key
-    elif zone is not None and not _is_fixed(zone):
-        raise Unencodable(zone, ".tzinfo")
-    return _tagged(b"D", f"{value.isoformat()}|{value.fold}|{name}".encode())
-
-
-def _is_fixed(zone: dt.tzinfo) -> bool:
-    """Say whether a time zone is one offset, whatever the day."""
-    try:
-        return not isinstance(zone, zoneinfo.ZoneInfo) and zone.utcoffset(None) is not None
-    except Exception:  # noqa: BLE001 (a class of the program's own)
-        return False
-
-
-def _encode_time(value: dt.time) -> bytes:
-    if value.tzinfo is not None:
-        raise Unencodable(value.tzinfo, ".tzinfo")
-    return _tagged(b"h", f"{value.isoformat()}|{value.fold}".encode())
-
-
-def _inside(value: object, place: str) -> bytes:
-    try:
-        return encode(value)
-    except Unencodable as error:
-        error.path = place + error.path
-        raise
-
-
-def _encode_class(kind: type) -> bytes:
-    # Module and name apart: the dots of one must not pass for those of the other.
-    return encode(kind.__module__) + encode(kind.__qualname__)
-
-
-def _encode_object(tag: bytes, value: object, content: bytes) -> bytes:
-    kind = type(value)
-    if "<locals>" in kind.__qualname__:
-        # Each call of the function around it makes another class of the same name.
-        raise Unencodable(value)
-    return _tagged(tag, _encode_class(kind) + content)
-
-
-def _encode_fields(tag: bytes, value: object, fields: Iterable[tuple[str, object]]) -> bytes:
-    parts = [part for name, field in fields for part in (encode(name), _inside(field, f".{name}"))]
-    return _encode_object(tag, value, b"".join(parts))
-
-
-def _encode_by_kind(value: Any) -> bytes:  # noqa: C901, PLR0911 (one for each kind)
-    kind: Any = type(value)
-    own_key = getattr(kind, "__cache_key__", None)
-    if own_key is not None and not isinstance(value, type):
-        return _encode_object(b"k", value, _inside(own_key(value), ".__cache_key__()"))
-    if isinstance(value, type) and "<locals>" not in value.__qualname__:
-        return _tagged(b"y", _encode_class(value))
-    if isinstance(value, enum.Enum):
-        return _encode_object(b"e", value, _inside(value.value if value.name is None else value.name, ".value"))
-    if kind in _PATHS:
-        flavour = b"P" if isinstance(value, pathlib.PurePosixPath) else b"W"
-        return _tagged(flavour, str(value).encode("utf-8", "surrogatepass"))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type | dict | list | tuple | set | frozenset | str | bytes):
-        fields = [(field.name, getattr(value, field.name, _UNSET)) for field in dataclasses.fields(value)]
-        return _encode_fields(b"o", value, fields)
-    if isinstance(value, tuple) and hasattr(kind, "_fields"):
-        return _encode_fields(b"n", value, zip(kind._fields, value, strict=True))
-    if hasattr(kind, "__pydantic_fields__"):
-        model: Any = value
-        fields = [(name, getattr(model, name, _UNSET)) for name in kind.__pydantic_fields__]
-        # What a model holds beside its fields counts when two are compared.
-        extra, private = getattr(model, "__pydantic_extra__", None), getattr(model, "__pydantic_private__", None)
-        return _encode_fields(b"m", value, [*fields, (".extra", extra or {}), (".private", private or {})])
-    if (numpy := sys.modules.get("numpy")) is not None:
-        array: Any = value
-        if kind is numpy.ndarray and not array.dtype.hasobject:
-            return _encode_array(b"A", array, numpy)
-        if isinstance(value, numpy.generic) and not array.dtype.hasobject:
-            return _encode_array(b"a", numpy.asarray(array), numpy)
-    raise Unencodable(value)
-
-
-def _encode_array(tag: bytes, array: Any, numpy: Any) -> bytes:
-    shape = encode(tuple(map(int, array.shape)))
-    if array.dtype.names is not None:
-        # Field by field: the room between them holds whatever was there.
-        fields = [part for name in array.dtype.names for part in (encode(name), _encode_array(b"A", array[name], numpy))]
-        return _tagged(tag, shape + _counted(b"r", fields))
-    # The machine's byte order does not count, the elements do.
-    array = numpy.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-    content = hashlib.blake2b(array.view(numpy.uint8) if array.size else b"", digest_size=32).digest()
-    return _tagged(tag, shape + encode(array.dtype.str) + content)
-
-
-_UNSET = object()
-_PATHS = frozenset({pathlib.PurePosixPath, pathlib.PosixPath, pathlib.PureWindowsPath, pathlib.WindowsPath})
-
-_ENCODERS: dict[type, Callable[[Any], bytes]] = {
-    type(None): lambda _: b"N",
-    bool: lambda value: b"T" if value else b"F",
-    int: lambda value: _tagged(b"i", b"%x" % value),
-    float: _encode_float,
-    complex: lambda value: b"c" + _encode_float(value.real) + _encode_float(value.imag),
-    # A lone surrogate is no UTF-8, but it is an argument like any other.
-    str: lambda value: _tagged(b"s", value.encode("utf-8", "surrogatepass")),
-    bytes: lambda value: _tagged(b"b", value),
-    bytearray: lambda value: _tagged(b"B", bytes(value)),
-    list: lambda value: _encode_items(b"l", value),
-    tuple: lambda value: _encode_items(b"t", value),
-    set: lambda value: _encode_set(b"S", value),
-    frozenset: lambda value: _encode_set(b"Z", value),
-    dict: _encode_dict,
-    dt.datetime: _encode_datetime,
-    dt.date: lambda value: _tagged(b"E", value.isoformat().encode()),
-    dt.time: _encode_time,
-    dt.timedelta: lambda value: _tagged(b"r", f"{value.days} {value.seconds} {value.microseconds}".encode()),
-    # Not str(), which the caller's decimal context has a say in.
-    decimal.Decimal: lambda value: _tagged(b"x", "{0.sign} {0.digits} {0.exponent}".format(value.as_tuple()).encode()),
-    uuid.UUID: lambda value: _tagged(b"u", value.bytes),
-}

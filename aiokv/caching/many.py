@@ -1,44 +1,51 @@
 """`kv_cached_many`: for a function from a list of ids to a mapping; each id's result is stored under a key of its own."""
 
 import asyncio
-import collections
-import logging
-import random
-import time
-import types
-import typing
+import functools
+import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
-from aiokv.caching.binding import CachedCallable
-from aiokv.caching.breaker import is_cancelled
-from aiokv.caching.cache import MAX_BACKGROUND_TASKS, MISSED, Cache, Found, Mode, cache_mode
-from aiokv.caching.codec import Codec, ResultCodec
-from aiokv.caching.decorator import check_coroutine_function
-from aiokv.caching.entry import Entry, Freshness
-from aiokv.caching.flight import Flight
-from aiokv.caching.keys import KeyMaker
-from aiokv.caching.near import NearCache
-from aiokv.caching.options import CacheEvent, CacheOptions, Ttl
-from aiokv.caching.state import Call, StoreState
-from aiokv.errors import BatchError
-from aiokv.store import DEFAULT_CONCURRENCY, AsyncKVStore
+from aiokv.caching.binding import CachedCallable, check_coroutine_function
+from aiokv.caching.codecs import Codec, check_codecs
+from aiokv.caching.events import CacheEvent
+from aiokv.caching.flights import ABSENT, Call
+from aiokv.caching.mapping_type import value_type
+from aiokv.caching.modes import Mode, cache_mode
+from aiokv.caching.near import MISSED, NearCache
+from aiokv.caching.options import CacheOptions, Ttl
+from aiokv.caching.peeked import Peeked
+from aiokv.caching.shipping import Recipe
+from aiokv.store import AsyncKVStore
+from aiokv.target import Target
 
 K = TypeVar("K")
 V = TypeVar("V")
-A = TypeVar("A")
 T = TypeVar("T")
 P = ParamSpec("P")
 
-logger = logging.getLogger("aiokv")
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class CachedManyFunction(CachedCallable[V], Generic[K, P, V]):
-    """A coroutine function from ids to a mapping, each id's result of which is shared; made by `kv_cached_many`.
+def _ids_by_name(method: F) -> F:
+    """Let the ids of a method be passed by the name of the function's parameter, too."""
 
-    Calls that overlap in time do not wait for each other: an id that both miss is computed by both.
-    """
+    @functools.wraps(method)
+    def call(self: "CachedManyFunction[Any, ..., Any]", /, *args: Any, **kwargs: Any) -> Any:
+        position = 1 if self._lacks_instance() else 0
+        if len(args) == position and kwargs:
+            name = self._ids_name()
+            if name in kwargs:
+                args = (*args, kwargs.pop(name))
+        return method(self, *args, **kwargs)
+
+    return cast("F", call)
+
+
+class CachedManyFunction(CachedCallable, Generic[K, P, V]):
+    """A coroutine function from ids to a mapping, each id's result of which is shared; made by `kv_cached_many`."""
 
     __slots__ = ()
 
@@ -48,265 +55,213 @@ class CachedManyFunction(CachedCallable[V], Generic[K, P, V]):
         """Bind to an instance, as a function in a class does."""
         return self if instance is None else self.bound_to(instance)
 
+    @_ids_by_name
     def __call__(self, ids: Iterable[K], /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, dict[K, V]]:
-        """Give the results of several ids, those that are stored and those that are computed now.
+        """Return the results of several ids, those that are stored and those that are computed now.
 
         Args:
-            ids: The ids; one that stands twice is asked once.
+            ids: The ids; one that stands twice is asked for once. They may also be passed by the parameter's name.
             *args: The function's other arguments.
             **kwargs: Likewise.
 
         Returns:
             Each id that has a result with it, in the order of the ids.
         """
-        if self._lacks_instance():
-            # As a function of a class is called with the instance first.
-            return cast("Coroutine[Any, Any, dict[K, V]]", cast("Any", self.bound_to(ids))(*args, **kwargs))
-        return self._get(list(dict.fromkeys(ids)), args, kwargs)
+        return self._get(None, (ids, *args), kwargs)
 
     def key(self, id_: K, /, *args: P.args, **kwargs: P.kwargs) -> str:
-        """Say under what key an id's result is stored.
+        """Return the key that an id's result is stored under.
 
         Returns:
             `prefix:version:digest`.
         """
-        if self._lacks_instance():
-            self._check_binding()
-            return cast("str", cast("Any", self.bound_to(id_)).key(*args, **kwargs))
-        return self._cache.keys((*self._bound, id_, *args), kwargs)
+        self._check_binding()
+        before, one, after = self._split((id_, *args))
+        return self._call((*before, one, *after), kwargs, len(before)).key
 
-    async def invalidate(self, ids: Iterable[K], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Forget the results of several ids, in the store and here; computations under way in this process are not stored.
+    @_ids_by_name
+    async def peek(self, ids: Iterable[K], /, *args: P.args, **kwargs: P.kwargs) -> dict[K, Peeked[V]]:
+        """Look at what is stored of several ids, without computing.
+
+        Returns:
+            Each id that has a stored result with it, in the order of the ids.
+        """
+        self._check_binding()
+        calls = self._calls((ids, *args), kwargs)
+        peeked = await _together(self._cache.peek(store, part) for store, part in self._by_store(calls).items())
+        by_key = {key: one for part in peeked for key, one in part.items()}
+        return {id_: by_key[call.key] for id_, call in calls.items() if call.key in by_key}
+
+    @_ids_by_name
+    async def refresh(self, ids: Iterable[K], /, *args: P.args, **kwargs: P.kwargs) -> dict[K, V]:
+        """Compute several ids anew and store that; several refreshes of an id at once compute it once.
+
+        Returns:
+            The new results, as from a call.
+        """
+        self._check_binding()
+        return await self._get("refresh", (ids, *args), kwargs)
+
+    async def prime(self, values: Mapping[K, V], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Store results that were computed elsewhere, as if a call had returned them.
+
+        Args:
+            values: Results by id.
+            *args: The function's other arguments.
+            **kwargs: Likewise.
 
         Raises:
-            CallError: The store could not be reached for one of them, and may still serve it.
+            TypeError: A value would come back changed.
+            ValueError: A value cannot be stored.
+            CallError: A value is not known to be stored.
         """
-        if self._lacks_instance():
-            self._check_binding()
-            await cast("Any", self.bound_to(ids)).invalidate(*args, **kwargs)
-            return
-        calls = [self._call(id_, args, kwargs) for id_ in dict.fromkeys(ids)]
-        await _a_few_at_a_time(self._cache.invalidate, calls)
+        self._check_binding()
+        given: object = args[0] if self._lacks_instance() and args else values
+        if not isinstance(given, Mapping):
+            raise TypeError(f"prime takes a mapping from ids to results, not {type(given).__name__}")
+        calls = self._calls((values, *args), kwargs)
+        values = dict(given)
+        by_call = {id(call): values[id_] for id_, call in calls.items()}
+        await _together(
+            self._cache.prime(store, part, [by_call[id(call)] for call in part])
+            for store, part in self._by_store(calls).items()
+        )
+
+    @_ids_by_name
+    async def invalidate(self, ids: Iterable[K], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Delete the results of several ids, in the store and here; computations under way in this process are not stored.
+
+        Raises:
+            CallError: The store failed for one of them: other processes may serve it. This process serves nothing older.
+        """
+        self._check_binding()
+        calls = self._calls((ids, *args), kwargs)
+        await _together(self._cache.invalidate(store, part) for store, part in self._by_store(calls).items())
 
     def _lacks_instance(self) -> bool:
-        return not self._bound and self._cache.first_parameter in {"self", "cls"}
+        return not self._bound and self._cache.stores.first in {"self", "cls"}
 
-    def _call(self, id_: K, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        arguments = (*self._bound, id_, *args)
-        return self._cache.call(self._cache.keys(arguments, kwargs), arguments, kwargs)
+    def _split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]]:
+        """Return the arguments before the ids, the ids, and the arguments after them."""
+        arguments = (*self._bound, *args)
+        position = 1 if self._bound or self._lacks_instance() else 0
+        if len(arguments) <= position:
+            raise TypeError(f"{self._cache.function.__qualname__}() misses its argument {self._ids_name()!r}")
+        return arguments[:position], arguments[position], arguments[position + 1 :]
 
-    async def _get(self, ids: list[K], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[K, V]:
-        mode = cache_mode.get()
-        if not ids:
-            return {}
+    def _calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[K, Call]:
+        """Return a call for each id."""
+        before, ids, after = self._split(args)
+        return {id_: self._call((*before, id_, *after), kwargs, len(before)) for id_ in self._unique(ids)}
+
+    def _unique(self, ids: Any) -> Iterable[K]:
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise TypeError(f"{self._ids_name()} must be an iterable of ids, not {type(ids).__name__}; put one id in a list")
+        return dict.fromkeys(ids)
+
+    def _call(self, arguments: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> Call:
+        key, is_settled = self._cache.keys.make(arguments, kwargs)
+        return Call(key, is_settled, arguments, kwargs, position)
+
+    def _ids_name(self) -> str:
+        names = list(inspect.signature(self._cache.function).parameters)
+        position = 1 if self._bound or self._lacks_instance() else 0
+        return names[position] if position < len(names) else "ids"
+
+    def _by_store(self, calls: Mapping[K, Call]) -> dict[AsyncKVStore, list[Call]]:
+        """Return the calls by store, those of one target under one store."""
+        by_target: dict[Target, AsyncKVStore] = {}
+        by_store: dict[AsyncKVStore, list[Call]] = {}
+        for call in calls.values():
+            store = self._cache.stores.of(call.args, call.kwargs)
+            if store not in by_store:
+                store = by_target.setdefault(store.target, store)
+            by_store.setdefault(store, []).append(call)
+        return by_store
+
+    async def _get(self, mode: Mode | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[K, V]:
+        cache, mode = self._cache, mode or cache_mode.get()
+        before, ids, after = self._split(args)
+        results: dict[K, Any] = dict.fromkeys(self._unique(ids), MISSED)
+        if mode == "use" and cache.near is not None:
+            for id_ in results:
+                results[id_] = cache.near.quick_hit((*before, id_, *after), kwargs)
+        calls = {
+            id_: self._call((*before, id_, *after), kwargs, len(before)) for id_, result in results.items() if result is MISSED
+        }
         if mode == "bypass":
-            return dict(await self._function(ids, args, kwargs))
-        calls = {id_: self._call(id_, args, kwargs) for id_ in ids}
-        served: dict[K, V] = {}
-        if mode == "use":
-            self._serve_near(calls, served)
+            computed = await cache.computations.compute_all(list(calls.values())) if calls else []
+            results.update(zip(calls, computed, strict=True))
         else:
-            for call in calls.values():
-                self._cache.overtake(call)
-        # Known to those who invalidate meanwhile, from before the store is read.
-        flights = {id_: Flight({}, call.key) for id_, call in calls.items() if id_ not in served}
-        for id_, flight in flights.items():
-            calls[id_].state.set_apart(flight)
-        try:
-            if flights:
-                await self._serve_rest(calls, flights, served, args, kwargs, mode)
-        finally:
-            for id_, flight in flights.items():
-                calls[id_].state.forget_apart(flight)
-        return {id_: served[id_] for id_ in ids if id_ in served}
+            parts = [(store, part) for store, part in self._by_store(calls).items() if part]
+            read = await _together(self._read_through(store, part, mode) for store, part in parts)
+            by_key = {key: result for part in read for key, result in part.items()}
+            results.update({id_: by_key[call.key] for id_, call in calls.items()})
+        return {id_: result for id_, result in results.items() if result is not ABSENT}
 
-    async def _serve_rest(  # noqa: PLR0913, PLR0917 (the call and what is known of it)
-        self,
-        calls: Mapping[K, Call],
-        flights: Mapping[K, Flight],
-        served: dict[K, V],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        mode: Mode,
-    ) -> None:
-        stale: dict[K, Found] = {}
-        due: dict[K, Entry] = {}
-        store_failed = False
-        if mode == "use":
-            found, store_failed = await self._read({id_: calls[id_] for id_ in flights})
-            for id_, one in found.items():
-                self._serve(id_, calls[id_], flights[id_], one, served, stale, due)
-        missing = {id_: flight for id_, flight in flights.items() if id_ not in served}
-        for id_, flight in missing.items():
-            flight.refreshes = mode == "refresh"
-            self._cache.count("misses", "miss", calls[id_].key)
-        if due:
-            state = next(iter(calls.values())).loop_state
-            if len(state.background) < MAX_BACKGROUND_TASKS:
-                state.in_background(self._refresh({id_: calls[id_] for id_ in due}, due, args, kwargs))
-        if missing:
-            served |= await self._compute(missing, calls, args, kwargs, stale, skip_write=store_failed)
-
-    def _serve_near(self, calls: Mapping[K, Call], served: dict[K, V]) -> None:
-        cache, near = self._cache, self._cache.options.near
-        if near is None:
-            return
-        for id_, call in calls.items():
-            slot = near.slots.get(cache.near_key(call))
-            if slot is not None and (result := cache.near_hit(slot, call.key)) is not MISSED:
-                served[id_] = result
-
-    async def _read(self, calls: Mapping[K, Call]) -> tuple[dict[K, Found], bool]:
-        """Read what is stored of several calls; those of one store together."""
-        by_state: dict[StoreState, dict[K, Call]] = {}
-        for id_, call in calls.items():
-            by_state.setdefault(call.state, {})[id_] = call
-        if len(by_state) == 1:
-            return await self._read_of_one_store(calls)
-        read = await asyncio.gather(*(self._read_of_one_store(part) for part in by_state.values()))
-        found = {id_: one for part, _ in read for id_, one in part.items()}
-        return found, any(failed for _, failed in read)
-
-    async def _read_of_one_store(self, calls: Mapping[K, Call]) -> tuple[dict[K, Found], bool]:
-        cache, one = self._cache, next(iter(calls.values()))
-        if cache.passes_by(one.state):
-            return {}, True
-        texts: Mapping[str, str | None] = {}
-        failed = False
-        try:
-            async with asyncio.timeout(cache.options.read_timeout):
-                writing = one.state.writing
-                if pending := [writing[call.key].task for call in calls.values() if call.key in writing]:
-                    # What is being written or deleted comes before what is read.
-                    await asyncio.wait(pending)
-                texts = await one.store.get_many([call.key for call in calls.values()])
-            one.state.breaker.succeeded()
-        except BatchError as error:
-            # What was had is of use.
-            texts, failed = error.results, True
-            cache.store_failed(one, next(iter(error.errors.values())))
-        except (Exception, asyncio.CancelledError) as error:
-            if is_cancelled(error):
-                raise
-            failed = True
-            cache.store_failed(one, error)
-        found = {id_: cache.found(call.key, texts.get(call.key)) for id_, call in calls.items()}
-        return {id_: one for id_, one in found.items() if one is not None}, failed
-
-    def _serve(  # noqa: PLR0913, PLR0917 (where the result may go)
-        self,
-        id_: K,
-        call: Call,
-        flight: Flight,
-        found: Found,
-        served: dict[K, V],
-        stale: dict[K, Found],
-        due: dict[K, Entry],
-    ) -> None:
-        cache, entry, now = self._cache, found.entry, self._cache.clock()
-        freshness = entry.freshness(now, cache.stale_seconds)
-        if freshness is Freshness.EXPIRED:
-            stale[id_] = found
-            return
-        if freshness is Freshness.FRESH:
-            cache.count("hits", "hit", call.key)
-            cache.keep_near(call, flight, found.payload, found.value, entry.fresh_until)
-        else:
-            cache.count("stale_hits", "stale_hit", call.key)
-        early = cache.options.early
-        if freshness is Freshness.STALE or (early and entry.due_early(now, early, 1.0 - random.random())):  # noqa: S311
-            due[id_] = entry
-        cache.counts["seconds_saved"] += entry.compute_seconds
-        served[id_] = cast("V", found.value)
-
-    async def _function(self, ids: list[K], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[K, V]:
-        function = cast("Callable[..., Awaitable[Mapping[K, V] | None]]", self._cache.function)
-        results = await function(*self._bound, ids, *args, **kwargs)
-        return {} if results is None else results
-
-    async def _compute(  # noqa: PLR0913 (the call and what is known of it)
-        self,
-        flights: Mapping[K, Flight],
-        calls: Mapping[K, Call],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        stale: Mapping[K, Found],
-        *,
-        skip_write: bool,
-    ) -> dict[K, V]:
-        """Run the function with the ids that flights are given for, and store what it gives."""
-        cache, missing = self._cache, list(flights)
-        cache.results.resolve()
-        started, timer = cache.clock(), time.perf_counter()
-        try:
-            results = await self._function(missing, args, kwargs)
-        except cache.options.error_types:
-            usable = {id_: one for id_, one in stale.items() if cache.clock() < one.entry.fresh_until + cache.error_seconds}
-            if not all(id_ in usable for id_ in missing):
-                raise
-            for id_ in missing:
-                cache.count("stale_hits", "stale_on_error", calls[id_].key)
-            return {id_: cast("V", usable[id_].value) for id_ in missing}
-        seconds = time.perf_counter() - timer
-        had = [id_ for id_ in flights if id_ in results]
-        for id_ in had:
-            cache.count("computations", "computed", calls[id_].key, seconds)
-        gone = [id_ for id_, flight in flights.items() if flight.refreshes and id_ not in results]
-        await _a_few_at_a_time(lambda id_: cache.remove(calls[id_]), gone)
-        outcomes = await _a_few_at_a_time(
-            lambda id_: cache.keep(calls[id_], flights[id_], results[id_], started, seconds, skip_write=skip_write), had
-        )
-        return {id_: cache.own_copy(outcome) for id_, outcome in zip(had, outcomes, strict=True)}
-
-    async def _refresh(
-        self, due: Mapping[K, Call], seen: Mapping[K, Entry], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Compute several ids anew together, but for those that another process has been faster with, or is at."""
-        flights = {id_: Flight(call.state.behind, call.key) for id_, call in due.items() if call.key not in call.state.behind}
-        try:
-            await self._refresh_flights(flights, due, seen, args, kwargs)
-        except Exception as error:  # noqa: BLE001 (the callers have their answers; the function's own errors may say anything)
-            logger.debug("computing ids of %s anew behind a caller failed: %s", self._cache.keys.prefix, type(error).__name__)
-        finally:
-            for flight in flights.values():
-                flight.leave_map()
-
-    async def _refresh_flights(
-        self,
-        flights: Mapping[K, Flight],
-        calls: Mapping[K, Call],
-        seen: Mapping[K, Entry],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
+    async def _read_through(self, store: AsyncKVStore, calls: Sequence[Call], mode: Mode) -> dict[str, Any]:
         cache = self._cache
-        found, store_failed = await self._read({id_: calls[id_] for id_ in flights})
-        newer = {id_: one for id_, one in found.items() if one.entry.started > seen[id_].started}
-        for id_, one in newer.items():
-            cache.keep_near(calls[id_], flights[id_], one.payload, one.value, one.entry.fresh_until)
-        older = [id_ for id_ in flights if id_ not in newer]
-        mine = older if store_failed else await self._claim(older, calls, seen)
-        computing = {id_: flights[id_] for id_ in mine if not flights[id_].discarded}
-        if computing:
-            await self._compute(computing, calls, args, kwargs, {}, skip_write=store_failed)
-        if others := [seen[id_].compute_seconds for id_ in older if id_ not in mine]:
-            # Until those are likely to be done, there is no use in asking again.
-            await asyncio.sleep(min(max(others), 1.0))
-
-    async def _claim(self, ids: list[K], calls: Mapping[K, Call], seen: Mapping[K, Entry]) -> list[K]:
-        claims = await _a_few_at_a_time(lambda id_: self._cache.claimed(calls[id_], seen[id_].compute_seconds), ids)
-        return [id_ for id_, claimed in zip(ids, claims, strict=True) if claimed]
+        results: dict[str, Any] = {}
+        if cache.near is not None and mode == "use":
+            target = cache.flights_of(store).target
+            results = {call.key: cache.near.get((target, call.key)) for call in calls}
+            calls = [call for call in calls if results[call.key] is MISSED]
+        if calls:
+            results.update(zip([call.key for call in calls], await cache.read_through(store, calls, mode), strict=True))
+        return results
 
 
-async def _a_few_at_a_time(work: Callable[[A], Awaitable[T]], items: Iterable[A]) -> list[T]:
-    """Do the same to several items, to no more at once than a store is asked for."""
-    turns = asyncio.Semaphore(DEFAULT_CONCURRENCY)
+async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Do the same with several stores at once; with one at once, since a task would let others go first."""
+    works = list(works)
+    return [await works[0]] if len(works) == 1 else await asyncio.gather(*works)
 
-    async def one(item: A) -> T:
-        async with turns:
-            return await work(item)
 
-    return await asyncio.gather(*map(one, items))
+def compute_many(function: Callable[..., Awaitable[Any]]) -> Callable[[Sequence[Call]], Awaitable[Sequence[Any]]]:
+    """Adapt a function from ids to a mapping to what a cache computes with.
+
+    Args:
+        function: The program's function.
+
+    Returns:
+        A function from calls to a result for each, or `ABSENT`.
+    """
+    name = function.__qualname__
+
+    async def compute(calls: Sequence[Call]) -> Sequence[Any]:
+        first = calls[0]
+        position = first.id_position
+        ids = [call.args[position] for call in calls]
+        # A list of its own, which it may change.
+        returned = await function(*first.args[:position], list(ids), *first.args[position + 1 :], **first.kwargs)
+        if returned is not None and not isinstance(returned, Mapping):
+            raise TypeError(f"{name} must return a mapping from ids to results, not {type(returned).__name__}")
+        # A copy: it may be a view of what goes on changing.
+        results = {} if returned is None else dict(returned)
+        _check_types_of_ids(name, ids, results)
+        return [results.get(id_, ABSENT) for id_ in ids]
+
+    return compute
+
+
+def _check_types_of_ids(name: str, ids: Sequence[object], results: Mapping[Any, object]) -> None:
+    """Refuse results under ids of another type, such as "1" for 1: these ids would be computed at every call."""
+    missing = [id_ for id_ in ids if id_ not in results]
+    if not missing or len(missing) + len(results) == len(ids):
+        return
+    asked = set(ids)
+    others = {_text(key): key for key in results if key not in asked}
+    for id_ in missing:
+        other = others.get(_text(id_))
+        if other is not None and type(other) is not type(id_):
+            raise TypeError(
+                f"{name} was asked for an id of type {type(id_).__name__} and returned a result for one of type "
+                f"{type(other).__name__} with the same text; return results under the ids that were asked for"
+            )
+
+
+def _text(id_: object) -> str:
+    return id_.decode(errors="replace") if isinstance(id_, bytes) else str(id_)
 
 
 class CachedManyClassMethod(Generic[K, P, V]):
@@ -348,7 +303,7 @@ def kv_cached_many(  # noqa: PLR0913 (keywords, each with a default that serves)
     ignore: Iterable[str] = (),
     vary: Callable[..., object] | None = None,
     prefix: str | None = None,
-    version: int | str = 0,
+    version: int | str | None = None,
     returns: Any = None,
     codec: Codec | Sequence[Codec] | None = None,
     when: Callable[[Any], bool] | None = None,
@@ -364,11 +319,14 @@ def kv_cached_many(  # noqa: PLR0913 (keywords, each with a default that serves)
     write: Literal["await", "background"] = "await",
     on_oversize: Literal["skip", "raise"] = "skip",
     observer: Callable[[CacheEvent], None] | None = None,
+    batch_size: int | None = None,
 ) -> ManyDecorator:
     """Share the results of a function from a list of ids to a mapping, each id's under a key of its own.
 
-    Stored ids are fetched together, and the function is called once with the rest. An id that its mapping leaves out has no
-    result, and is asked for again the next time.
+    Stored ids are fetched together, calls that overlap join, and the function is called once with the rest (once for each
+    store, where `store` is a function that returns different ones). The function returns a `Mapping`, or None for an empty one.
+    An id that it leaves out has no result, and is asked for again the next time. A result under an id of another type, such
+    as `"1"` for 1, is a `TypeError`.
 
     Args:
         ttl: As for `kv_cached`, like all that follow; functions of the result get one id's, `key` and `vary` get one id in
@@ -395,6 +353,8 @@ def kv_cached_many(  # noqa: PLR0913 (keywords, each with a default that serves)
         write: See `kv_cached`.
         on_oversize: See `kv_cached`.
         observer: See `kv_cached`.
+        batch_size: How many ids the function takes at once, 1 or more; more ids are computed in several calls at the same
+            time. None takes any number.
 
     Returns:
         A decorator for coroutine functions whose first parameter, after `self` or `cls`, is the list of ids; in a class it
@@ -423,83 +383,28 @@ def kv_cached_many(  # noqa: PLR0913 (keywords, each with a default that serves)
         observer=observer,
     )
 
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
+        raise TypeError(f"batch_size must be None or an int, not {type(batch_size).__name__}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+
+    # It may be an iterator, and be needed again.
+    ignored = ignore if isinstance(ignore, str) else tuple(ignore)
+
     def decorate(decorated: Any) -> Any:
         function = decorated.__func__ if isinstance(decorated, classmethod) else decorated
         check_coroutine_function(function)
-        keys = KeyMaker(function, prefix=prefix, version=version, ignore=ignore, key=key, vary=vary)
-        results = ResultCodec(function, returns, codec, part=value_type)
-        cached: CachedManyFunction[Any, ..., Any] = CachedManyFunction(Cache(function, keys, results, options))
+        recipe = Recipe(
+            function=function,
+            make_compute=compute_many,
+            part=value_type,
+            options=options,
+            codecs=check_codecs(codec),
+            keys={"prefix": prefix, "version": version, "ignore": ignored, "key": key, "vary": vary},
+            returns=returns,
+            batch_size=batch_size,
+        )
+        cached: CachedManyFunction[Any, ..., Any] = CachedManyFunction(recipe)
         return CachedManyClassMethod(cached) if isinstance(decorated, classmethod) else cached
 
     return decorate
-
-
-def value_type(returns: Any) -> Any:
-    """Find the type of one result in the return annotation of a function that gives a mapping.
-
-    Args:
-        returns: The annotation, resolved: a mapping type, or a union of such and None.
-
-    Returns:
-        The type of the mapping's values; `Any` where the annotation does not say it.
-
-    Raises:
-        TypeError: It is no mapping, or a `TypedDict`, whose values differ.
-    """
-    returns = _without_names(returns)
-    if returns is Any or returns is object:
-        return Any
-    origin, arguments = typing.get_origin(returns), typing.get_args(returns)
-    if origin in {typing.Union, types.UnionType}:
-        parts = [value_type(part) for part in arguments if part is not type(None)]
-        return typing.Union[tuple(parts)]  # noqa: UP007 (of parts that are not known here)
-    kind = returns if origin is None else origin
-    if isinstance(kind, type) and issubclass(kind, dict) and hasattr(kind, "__total__"):
-        raise TypeError(
-            f"the function returns the TypedDict {kind.__qualname__}, whose values are of several types; "
-            "annotate a mapping from ids to results, or pass returns= with the type of one result"
-        )
-    if not (isinstance(kind, type) and issubclass(kind, Mapping)):
-        raise TypeError(
-            f"the function returns {getattr(kind, '__qualname__', kind)}, not a mapping from ids to results; "
-            "make it return one, such as dict[int, User], and annotate that"
-        )
-    return _value_of_class(kind, arguments)
-
-
-def _without_names(returns: Any) -> Any:
-    """Look through metadata, aliases and new names to the type that they stand for."""
-    while True:
-        origin = typing.get_origin(returns)
-        alias = returns if origin is None else origin
-        if origin is typing.Annotated:
-            returns = typing.get_args(returns)[0]
-        elif hasattr(alias, "__value__") and hasattr(alias, "__type_params__"):
-            # Of a `type` statement.
-            returns = _with_arguments(alias.__value__, alias.__type_params__, typing.get_args(returns))
-        elif hasattr(returns, "__supertype__"):
-            returns = returns.__supertype__
-        else:
-            return returns
-
-
-def _with_arguments(generic: Any, parameters: Sequence[Any], arguments: Sequence[Any]) -> Any:
-    known = dict(zip(parameters, arguments, strict=False))
-    wanted = getattr(generic, "__parameters__", ())
-    return generic[tuple(known.get(parameter, Any) for parameter in wanted)] if wanted else generic
-
-
-def _value_of_class(kind: type, arguments: tuple[Any, ...]) -> Any:
-    if kind is collections.Counter:
-        return int
-    if kind.__module__ in {"builtins", "collections", "collections.abc", "types"}:
-        return arguments[1] if len(arguments) == 2 else Any  # noqa: PLR2004 (a mapping's key and value)
-    # A class of the program's: what it says of the mapping that it is.
-    bases = kind.__dict__.get("__orig_bases__", kind.__bases__)
-    parameters = dict.fromkeys(parameter for base in bases for parameter in getattr(base, "__parameters__", ()))
-    for base in bases:
-        origin = typing.get_origin(base) or base
-        if isinstance(origin, type) and issubclass(origin, Mapping):
-            said = _with_arguments(base, getattr(kind, "__parameters__", tuple(parameters)), arguments)
-            return _value_of_class(origin, typing.get_args(said))
-    return Any

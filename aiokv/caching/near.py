@@ -1,45 +1,65 @@
 """A small cache in this process, in front of the store. There is no invalidation between processes: its time bounds its age."""
 
+import itertools
 import math
 import os
 import sys
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
-from aiokv.caching.flight import Flight
+from aiokv import clock
+from aiokv.caching.events import Events
+from aiokv.caching.generations import Place
+from aiokv.caching.modes import Mode, cache_mode
+from aiokv.caching.results import ResultCodec
+from aiokv.store import AsyncKVStore
 
-# A slot's own objects: the record, its key and place in the dictionary, two numbers.
-_SLOT_BYTES = 512
+MISSED: Final[Any] = object()
+"""Stands for a result that is not there."""
+
+# A slot's own objects: the record, its key with a target, its places in two dictionaries, two numbers.
+_SLOT_BYTES = 768
 _IMMUTABLE_TYPES = frozenset({str, int, float, bool, type(None)})
+_MAX_CALL_CHARS = 512
+
+
+_numbers = itertools.count()
 
 
 class Slot:
     """One result: its JSON, decoded anew at each hit, or the value itself where nobody can change that."""
 
-    __slots__ = ("payload", "size_bytes", "until", "value", "visited")
+    __slots__ = ("by_call", "call", "json", "key", "size_bytes", "until", "value", "visited")
 
-    def __init__(self, payload: bytes | str | None, value: Any, until: float, size_bytes: int) -> None:
-        self.payload = payload
+    def __init__(self, key: str, json: bytes | str | None, value: Any, until: float, size_bytes: int) -> None:
+        self.key = key
+        self.json = json
         self.value: Any = value
         self.until = until
         self.size_bytes = size_bytes
         self.visited = False
+        # Where else it can be looked up, and under what.
+        self.by_call: dict[tuple[object, ...], Slot] | None = None
+        self.call: tuple[object, ...] | None = None
 
     def forget(self) -> None:
         """Serve nobody any more, whoever still holds this slot."""
-        # First: who reads the result before this time, as readers do, has it whole.
-        self.until = float("-inf")
-        self.payload = self.value = None
+        # First: a reader takes the result before it looks at this time, and so has it whole.
+        self.until = -math.inf
+        self.json = self.value = None
+        if self.by_call is not None and self.by_call.get(self.call or ()) is self:
+            self.by_call.pop(self.call or (), None)
 
 
 class NearCache:
     """Hold results in this process for a short time; pass one to several functions to bound their memory together.
 
     Each hit decodes the result anew unless it is a str, int, float, bool or None, so that callers cannot change what others
-    get. When it is full, what has not been asked for since it came goes first (second chance).
+    get. When it is full, what has not been asked for since it came goes first (second chance). Time is counted by the
+    monotonic clock.
 
     Args:
         ttl: For how long, in seconds or as a `timedelta`; no longer than the result is fresh.
@@ -71,47 +91,45 @@ class NearCache:
     def __reduce__(self) -> tuple[type["NearCache"], tuple[float, int]]:
         return NearCache, (self.ttl_seconds, self.max_bytes)
 
-    def put(self, key: Hashable, payload: bytes | str, value: Any, until: float, flight: Flight | None = None) -> None:
-        """Keep a result.
+    def put(self, place: Hashable, slot: Slot, is_current: Callable[[], bool]) -> bool:
+        """Keep a result, unless it is superseded or too large.
 
         Args:
-            key: Its key.
-            payload: Its JSON.
-            value: The decoded result, kept only where it is immutable.
-            until: When it ceases to be served, by the clock that the reader uses.
-            flight: What brought it; where that has been discarded, the result is not kept.
+            place: What it is looked up by.
+            slot: The result.
+            is_current: Asked under the lock, since an invalidation drops the place only after superseding it.
+
+        Returns:
+            Whether it is kept.
         """
-        immutable = type(value) in _IMMUTABLE_TYPES
-        size_bytes = _SLOT_BYTES + sys.getsizeof(value if immutable else payload)
-        slot = Slot(None if immutable else payload, value if immutable else None, until, size_bytes)
         with self._lock:
-            # Asked under the lock: who discards a flight drops its result after that.
-            if flight is not None and flight.discarded:
-                return
-            self._drop(key)
-            if size_bytes > self.max_bytes:
-                return
-            self.slots[key] = slot
-            self.size_bytes += size_bytes
+            if not is_current():
+                return False
+            self._drop(place)
+            if slot.size_bytes > self.max_bytes:
+                return False
+            self.slots[place] = slot
+            self.size_bytes += slot.size_bytes
             while self.size_bytes > self.max_bytes:
                 oldest = next(iter(self.slots))
                 old = self.slots[oldest]
-                if old.visited and oldest != key:
+                if old.visited and oldest != place:
                     # A second chance, at the end of the queue.
                     old.visited = False
                     del self.slots[oldest]
                     self.slots[oldest] = old
                 else:
                     self._drop(oldest)
+        return True
 
-    def drop(self, key: Hashable) -> None:
+    def drop(self, place: Hashable) -> None:
         """Forget a result.
 
         Args:
-            key: Its key.
+            place: What it is looked up by.
         """
         with self._lock:
-            self._drop(key)
+            self._drop(place)
 
     def clear(self) -> None:
         """Forget every result."""
@@ -121,8 +139,8 @@ class NearCache:
             self.slots.clear()
             self.size_bytes = 0
 
-    def _drop(self, key: Hashable) -> None:
-        slot = self.slots.pop(key, None)
+    def _drop(self, place: Hashable) -> None:
+        slot = self.slots.pop(place, None)
         if slot is not None:
             self.size_bytes -= slot.size_bytes
             slot.forget()
@@ -133,6 +151,135 @@ class NearCache:
         if torn:
             # Another thread was at it, and is not here to finish.
             self.clear()
+
+
+class NearView:
+    """What one function keeps in a near cache, and the whole way of a near hit.
+
+    Args:
+        near: The near cache, which other functions may use, too.
+        quick: Gives what identifies a call of plain arguments without making its key.
+        results: Decodes results.
+        events: Counts hits.
+    """
+
+    def __init__(self, near: NearCache, quick: Callable[..., tuple[object, ...]], results: ResultCodec, events: Events) -> None:
+        self.near = near
+        # Tells views apart for as long as the process lives, and holds none of them.
+        self._number = next(_numbers)
+        self.quick = quick
+        self._results = results
+        # The one store that calls use; None where it depends on the call, or is not known yet.
+        self.store: AsyncKVStore | None = None
+        self.by_call: dict[tuple[object, ...], Slot] = {}
+        self._counts = events.counts
+        self._events = events
+        self._observer = events.observer
+        self._get_slot = self.by_call.get
+
+    def quick_hit(  # noqa: PLR0911 (the whole way of a near hit)
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], _mode: Callable[[], Mode] = cache_mode.get
+    ) -> Any:
+        """Return the result of a call that was served from here before, or `MISSED`.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+        """
+        try:
+            slot = self._get_slot(self.quick(*args, **kwargs) if kwargs else self.quick(*args))
+        except TypeError:
+            # An argument is not hashable, or the arguments do not fit: the long way knows.
+            return MISSED
+        if slot is None or _mode() != "use":
+            return MISSED
+        if self._observer is not None:
+            return self._hit(slot)
+        # As in `_hit`, whose call would cost as much as the rest.
+        json, value = slot.json, slot.value
+        if clock.monotonic() >= slot.until:
+            return MISSED
+        slot.visited = True
+        self._counts["near_hit"] += 1
+        if json is None:
+            return value
+        try:
+            return self._results.load(json)
+        except Exception:  # noqa: BLE001 (as in `_hit`)
+            slot.forget()
+            return MISSED
+
+    def _hit(self, slot: Slot) -> Any:
+        """Return a slot's result, which no other caller holds unless it is immutable; `MISSED` if its time has come."""
+        # In this order: another thread may be forgetting the slot.
+        json, value = slot.json, slot.value
+        if clock.monotonic() >= slot.until:
+            return MISSED
+        slot.visited = True
+        if self._observer is None:
+            self._counts["near_hit"] += 1
+        else:
+            self._events.emit("near_hit", slot.key)
+        if json is None:
+            return value
+        try:
+            return self._results.load(json)
+        except Exception:  # noqa: BLE001 (a class of the program's may refuse today what it took before)
+            slot.forget()
+            return MISSED
+
+    def get(self, place: Place) -> Any:
+        """Return the result at a place, or `MISSED`."""
+        slot = self.near.slots.get((self._number, place))
+        return MISSED if slot is None else self._hit(slot)
+
+    def put(  # noqa: PLR0913, PLR0917 (what is kept, and who may find it)
+        self,
+        store: AsyncKVStore,
+        place: Place,
+        call: tuple[object, ...] | None,
+        json: bytes | str,
+        value: object,
+        fresh_seconds: float,
+        is_current: Callable[[], bool],
+    ) -> None:
+        """Keep a result.
+
+        Args:
+            store: Where it came from.
+            place: The store's target, and the key.
+            call: What `quick` gives for the call, where that is enough to know it; else None.
+            json: The result as JSON.
+            value: The result, kept only where it is immutable.
+            fresh_seconds: How long it is still fresh.
+            is_current: Whether it has not been superseded.
+        """
+        immutable = type(value) in _IMMUTABLE_TYPES
+        size_bytes = _SLOT_BYTES + sys.getsizeof(value if immutable else json)
+        until = clock.monotonic() + min(self.near.ttl_seconds, fresh_seconds)
+        slot = Slot(place[1], None if immutable else json, value if immutable else None, until, size_bytes)
+        if call is not None and store is self.store:
+            texts = sum(len(item) for item in call if isinstance(item, str | bytes))
+            # Longer arguments would be held beside the near cache's bound.
+            if texts <= _MAX_CALL_CHARS:
+                slot.by_call, slot.call = self.by_call, call
+                slot.size_bytes += 8 * len(call) + texts
+        if not self.near.put((self._number, place), slot, is_current) or slot.call is None:
+            return
+        self.by_call[slot.call] = slot
+        if store is not self.store or slot.until == -math.inf:
+            # Another thread has meanwhile changed the default store, or dropped the slot.
+            self.by_call.pop(slot.call, None)
+
+    def drop(self, place: Place) -> None:
+        """Forget the result at a place."""
+        self.near.drop((self._number, place))
+
+    def default_store_changed(self, store: AsyncKVStore | None) -> None:
+        """Serve nothing by its arguments alone that came from another default store."""
+        # In this order: `put` looks at the store last.
+        self.store = store
+        self.by_call.clear()
 
 
 _caches: "weakref.WeakSet[NearCache]" = weakref.WeakSet()

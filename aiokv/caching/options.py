@@ -1,38 +1,22 @@
 """What a program may say to `kv_cached`, checked at decoration."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from datetime import timedelta
 from types import EllipsisType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from aiokv.caching.events import CacheEvent
 from aiokv.caching.near import NearCache
 from aiokv.limits import MAX_TTL_SECONDS, MIN_TTL_SECONDS, check_db_name
+from aiokv.record import Record
 from aiokv.store import AsyncKVStore
 
 Ttl = int | float | timedelta
 MIN_CACHE_TTL_SECONDS = 1.0
 
-EventKind = Literal["hit", "near_hit", "stale_hit", "miss", "computed", "store_error", "not_stored", "stale_on_error"]
 
-
-class CacheEvent(NamedTuple):
-    """What has happened to one call; bears no argument and no result.
-
-    Args:
-        kind: What happened.
-        key: The entry's key, `prefix:version:digest`.
-        seconds: How long a computation took, or 0.
-    """
-
-    kind: EventKind
-    key: str
-    seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CacheOptions:
+class CacheOptions(Record, kw_only=True):
     """The options of one cached function; see `kv_cached` for what each means."""
 
     ttl: Ttl | Callable[[Any], Ttl | None]
@@ -87,6 +71,16 @@ class CacheOptions:
         if self.near is not None and not isinstance(self.near, NearCache):
             raise TypeError(f"near must be a NearCache, not {type(self.near).__name__}")
 
+    @property
+    def stale_seconds(self) -> float:
+        """`stale_while_revalidate` in seconds."""
+        return _seconds("stale_while_revalidate", self.stale_while_revalidate)
+
+    @property
+    def error_seconds(self) -> float:
+        """`stale_if_error` in seconds."""
+        return _seconds("stale_if_error", self.stale_if_error)
+
     def ttl_of(self, result: object) -> float | None:
         """Say how long a result is fresh.
 
@@ -103,8 +97,15 @@ class CacheOptions:
             return None
         if result is None and self.none_ttl is not ...:
             return None if self.none_ttl is None else ttl_seconds("none_ttl", self.none_ttl)
-        ttl = self.ttl(result) if callable(self.ttl) else self.ttl
-        return None if ttl is None else ttl_seconds("ttl", ttl)
+        if not callable(self.ttl):
+            return _seconds("ttl", self.ttl)
+        ttl = self.ttl(result)
+        if ttl is None:
+            return None
+        seconds = _seconds("ttl", ttl)
+        if math.isnan(seconds):
+            raise ValueError("ttl must be a number of seconds, and its function returned NaN")
+        return min(seconds, MAX_TTL_SECONDS) if seconds > 0 else None
 
     def kept_seconds(self, fresh_seconds: float) -> int:
         """Say how long the store is to keep a result.
@@ -115,7 +116,7 @@ class CacheOptions:
         Returns:
             Whole seconds that the service takes, long enough to serve it stale where that is allowed.
         """
-        stale = max(_seconds("", self.stale_while_revalidate), _seconds("", self.stale_if_error))
+        stale = max(self.stale_seconds, self.error_seconds)
         return min(max(math.ceil(fresh_seconds + stale), MIN_TTL_SECONDS), MAX_TTL_SECONDS)
 
 

@@ -1,6 +1,7 @@
-"""Test against faults: a proxy that makes a network bad, a service that answers as it is told, and pytest fixtures."""
+"""For tests: a proxy that makes a network bad, a service that answers as a script says, a clock to move, pytest fixtures."""
 
-from aiokv.backends.http.retry import without_waits
+from aiokv.backends.http.retry import disable_backoff
+from aiokv.testing.clock import MovableClock, movable_clock
 from aiokv.testing.faults import (
     Bandwidth,
     Fault,
@@ -9,17 +10,18 @@ from aiokv.testing.faults import (
     Garbage,
     Latency,
     LatencyAfter,
-    RequestSeen,
+    RecordedRequest,
     ResetAfter,
     ResetBefore,
     SlowDrip,
     Stall,
     StallAfter,
     Truncate,
-    at_rate,
+    with_probability,
 )
 from aiokv.testing.proxy import FaultProxy
-from aiokv.testing.service import Replies, Reply, ScriptedService, ServiceRequest
+from aiokv.testing.replies import Replies, Reply, ServiceRequest
+from aiokv.testing.service import ScriptedService
 
 __all__ = [
     "Bandwidth",
@@ -30,9 +32,10 @@ __all__ = [
     "Garbage",
     "Latency",
     "LatencyAfter",
+    "MovableClock",
+    "RecordedRequest",
     "Replies",
     "Reply",
-    "RequestSeen",
     "ResetAfter",
     "ResetBefore",
     "ScriptedService",
@@ -41,6 +44,7 @@ __all__ = [
     "Stall",
     "StallAfter",
     "Truncate",
-    "at_rate",
-    "without_waits",
+    "disable_backoff",
+    "movable_clock",
+    "with_probability",
 ]

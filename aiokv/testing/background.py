@@ -1,4 +1,4 @@
-"""What pytest's fixtures give: servers with an event loop and a thread of their own, for tests that await and for others."""
+"""The servers of the pytest fixtures, each with an event loop in its own thread, for tests that await and for others."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from aiokv.testing.proxy import FaultProxy
 
 T = TypeVar("T")
 
-# An attempt that stalls costs its whole time, even where the waits between attempts are gone.
+# A stalled attempt takes its whole time, even where the waits between attempts are disabled.
 FLAKY_RETRY = RetryPolicy(attempt_timeout=1.0)
 _DRAIN_SECONDS = 1.0
 
@@ -50,16 +50,16 @@ class FlakyKV:
 
 @contextlib.contextmanager
 def in_thread(make: Callable[[], AbstractAsyncContextManager[T]]) -> Generator[T]:
-    """Hold an asynchronous context in an event loop of a thread of its own.
+    """Enter an asynchronous context in an event loop of a new thread.
 
     Args:
-        make: Makes the context.
+        make: Return the context.
 
     Yields:
-        What the context gives.
+        The value of the context.
 
     Raises:
-        BaseException: Whatever the context raises at its beginning or its end.
+        BaseException: The exception of the context at its beginning or its end.
     """
     entered: Future[tuple[T, Callable[[], None]]] = Future()
     ended: Future[None] = Future()
@@ -74,7 +74,7 @@ def in_thread(make: Callable[[], AbstractAsyncContextManager[T]]) -> Generator[T
     def run() -> None:
         try:
             asyncio.run(hold())
-        except BaseException as error:  # noqa: BLE001 (it is raised again where the context was asked for)
+        except BaseException as error:  # noqa: BLE001 (raised again in the thread of the caller)
             (ended if entered.done() else entered).set_exception(error)
         else:
             ended.set_result(None)
@@ -91,7 +91,7 @@ def in_thread(make: Callable[[], AbstractAsyncContextManager[T]]) -> Generator[T
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, act: Callable[[], object]) -> None:
-    # A loop that has ended by itself has nothing to be told.
+    # The loop may have ended by itself.
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(act)
 
@@ -101,7 +101,7 @@ async def kv_server(path: Path | None) -> AsyncGenerator[KVServer]:
     """Run a server.
 
     Args:
-        path: The SQLite file that it keeps its values in, or None for memory.
+        path: The SQLite file with its values, or None for memory.
 
     Yields:
         The server.

@@ -1,4 +1,4 @@
-"""What can go wrong with one request, and who decides that it does."""
+"""The faults of one request, and the scripts that decide which request has which."""
 
 import itertools
 import math
@@ -11,21 +11,21 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 Script = Callable[[R], T | None]
-"""Says what happens to a request; None is nothing out of the ordinary."""
+"""Return the item of a request, such as its fault; None is the ordinary course."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Be the root of every fault; a tuple of faults befalls one request together."""
+    """The root of every fault; a tuple of faults is applied to one request together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Latency(Fault):
-    """Hand a request on late; it arrives even where its client has left meanwhile, as in a slow network.
+    """Forward a request late; it arrives even where its client has left meanwhile, as in a slow network.
 
     Args:
         seconds: The least delay.
-        jitter_seconds: What is added at most, drawn uniformly.
+        jitter_seconds: The most that is added, drawn uniformly.
     """
 
     seconds: float
@@ -37,11 +37,11 @@ class Latency(Fault):
 
 @dataclass(frozen=True, slots=True)
 class LatencyAfter(Fault):
-    """Hand an answer on late: the upstream has done what it was asked long before the client hears of it.
+    """Forward an answer late: the upstream has applied the request long before the client gets the answer.
 
     Args:
         seconds: The least delay.
-        jitter_seconds: What is added at most, drawn uniformly.
+        jitter_seconds: The most that is added, drawn uniformly.
     """
 
     seconds: float
@@ -80,36 +80,36 @@ class SlowDrip(Fault):
 
 
 @dataclass(frozen=True, slots=True)
-class Ending(Fault):
-    """Be the root of the faults after which no whole answer arrives; a request meets one of them at most."""
+class TerminalFault(Fault):
+    """The root of the faults after which no whole answer arrives; a request has at most one of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class ResetBefore(Ending):
+class ResetBefore(TerminalFault):
     """Reset the connection once the request was read; the upstream never sees it."""
 
 
 @dataclass(frozen=True, slots=True)
-class ResetAfter(Ending):
-    """Reset the connection once the upstream has answered; the client sees no byte of that."""
+class ResetAfter(TerminalFault):
+    """Reset the connection once the upstream has answered; the client sees no byte of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stall(Ending):
+class Stall(TerminalFault):
     """Never answer, with the connection open until the client leaves; the upstream never sees the request."""
 
 
 @dataclass(frozen=True, slots=True)
-class StallAfter(Ending):
-    """Never answer, with the connection open until the client leaves; the upstream has answered all the same."""
+class StallAfter(TerminalFault):
+    """Never answer, with the connection open until the client leaves; the upstream has answered."""
 
 
 @dataclass(frozen=True, slots=True)
-class Truncate(Ending):
+class Truncate(TerminalFault):
     """Close the connection in the middle of the answer, whose head announces all of it.
 
     Args:
-        kept_bytes: How much of the body is let through, without the framing of chunks; a shorter body arrives whole.
+        kept_bytes: How much of the body is forwarded, without the framing of chunks; a shorter body arrives whole.
     """
 
     kept_bytes: int = 0
@@ -120,11 +120,11 @@ class Truncate(Ending):
 
 
 @dataclass(frozen=True, slots=True)
-class Garbage(Ending):
-    """Answer with bytes that are no HTTP and close the connection; the upstream never sees the request.
+class Garbage(TerminalFault):
+    """Answer with bytes that are not HTTP and close the connection; the upstream never sees the request.
 
     Args:
-        data: What is sent.
+        data: The bytes.
     """
 
     data: bytes = field(default=b"\x00\xffSSH-2.0-not-http\r\n\r\n", repr=False)
@@ -135,18 +135,18 @@ class Garbage(Ending):
 
 
 @dataclass(slots=True)
-class RequestSeen:
-    """One request as the proxy saw it; bears no header and no body.
+class RecordedRequest:
+    """One request as the proxy recorded it, without headers and body.
 
     Args:
-        number: Its place among all requests of the proxy, from 1.
-        connection: The client connection that it came by, from 1.
+        number: Its number among all requests of the proxy, from 1.
+        connection: The number of its client connection, from 1.
         method: Its method.
         path: Its path and query, as they were sent.
-        fault: What it met: a fault, a tuple of them, or None.
-        reached_upstream: Whether the whole of it was handed to the upstream.
-        status: The upstream's answer, or None where there is none yet.
-        answered: Whether the whole of that answer was handed to the client's connection.
+        fault: The fault or the tuple of faults that was applied to it, or None.
+        reached_upstream: Whether the whole request was forwarded to the upstream.
+        status: The status of the upstream's answer, or None where there is none yet.
+        answered: Whether the whole answer was forwarded to the client's connection.
     """
 
     number: int
@@ -160,70 +160,72 @@ class RequestSeen:
 
 
 FaultOrFaults = Fault | tuple[Fault, ...]
-"""What befalls one request: a fault, or a tuple of faults together."""
+"""What is applied to one request: a fault, or a tuple of faults together."""
 
-Faults = FaultOrFaults | Iterable[FaultOrFaults | None] | Callable[[RequestSeen], FaultOrFaults | None] | None
-"""What befalls the requests to come.
+Faults = FaultOrFaults | Iterable[FaultOrFaults | None] | Callable[[RecordedRequest], FaultOrFaults | None] | None
+"""What is applied to the coming requests.
 
-None is nothing. A fault, or a tuple of faults together, befalls every request. Any other iterable, such as a list, has an item
-for each request, after which there are no more faults. A function is called with each request once its head was read.
+None is nothing. A fault, or a tuple of faults together, is applied to every request. Any other iterable, such as a list, has an
+item for each request; after its end there are no more faults. A function is called with each request once its head was read.
 """
 
 
-def at_rate(share: float, *faults: FaultOrFaults, seed: int = 0) -> Callable[[RequestSeen], FaultOrFaults | None]:
-    """Let a share of the requests meet a fault, drawn for each request anew.
+def with_probability(
+    probability: float, *faults: FaultOrFaults, seed: int = 0
+) -> Callable[[RecordedRequest], FaultOrFaults | None]:
+    """Apply a fault to each request with a probability, drawn for each request anew.
 
     Args:
-        share: From 0 (none) to 1 (each).
-        faults: What is drawn from, each as likely as the others; a tuple is drawn as a whole.
-        seed: Where the draws begin: the same seed gives the same faults, in the order in which requests are read.
+        probability: From 0 (no request) to 1 (every request).
+        faults: The faults to draw from, each as likely as the others; a tuple is drawn as a whole.
+        seed: The seed of the draws: the same one gives the same faults, in the order in which requests are read.
 
     Returns:
-        A function for `FaultProxy.faults`; given to another proxy, it goes on where it was.
+        A function for `FaultProxy.faults`; a second proxy that gets the same function continues its draws.
 
     Raises:
-        ValueError: The share is outside the range, or there is nothing to draw from.
+        ValueError: The probability is outside the range, or there is no fault to draw.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be from 0 to 1, not {share!r}")
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability must be from 0 to 1, not {probability!r}")
     if not faults:
-        raise ValueError("at_rate needs a fault to draw, such as at_rate(0.1, ResetAfter())")
+        raise ValueError("with_probability needs a fault to draw, such as with_probability(0.1, ResetAfter())")
     for fault in faults:
-        course_of(fault)
+        plan_of(fault)
     draws = random.Random(seed)  # noqa: S311 (repeatable on purpose, guards nothing)
 
-    def draw(_request: RequestSeen) -> FaultOrFaults | None:
-        # Two draws each time: with a larger share, requests that meet a fault still meet the same one, and others do, too.
-        hit, which = draws.random() < share, draws.random()
+    def draw(_request: RecordedRequest) -> FaultOrFaults | None:
+        # Two draws each time: so with a higher probability the same requests keep their faults, and others get some too.
+        hit, which = draws.random() < probability, draws.random()
         return faults[int(which * len(faults))] if hit else None
 
     return draw
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
-    """How one request goes, put together from its faults; None where a part goes as usual."""
+class Plan:
+    """The faults of one request by kind; None where it has none of that kind."""
 
     latency: Latency | None = None
     latency_after: LatencyAfter | None = None
     pace: Bandwidth | SlowDrip | None = None
-    ending: Ending | None = None
+    terminal: TerminalFault | None = None
 
 
-def course_of(fault: FaultOrFaults | None) -> Course:
-    """Put the faults of one request together.
+def plan_of(fault: FaultOrFaults | None) -> Plan:
+    """Combine the faults of one request.
 
     Args:
         fault: A fault, a tuple of faults, or None.
 
     Returns:
-        The course that the request takes.
+        The plan of the request.
 
     Raises:
-        TypeError: There is something else than a fault.
+        TypeError: An item is no fault.
         ValueError: Two faults are of one kind, or exclude each other.
     """
-    latency, latency_after, pace, ending = None, None, None, None
+    latency, latency_after, pace, terminal = None, None, None, None
     faults: tuple[object, ...] = () if fault is None else fault if isinstance(fault, tuple) else (fault,)
     for part in faults:
         taken: object
@@ -233,8 +235,8 @@ def course_of(fault: FaultOrFaults | None) -> Course:
             taken, latency_after = latency_after, part
         elif isinstance(part, Bandwidth | SlowDrip):
             taken, pace = pace, part
-        elif isinstance(part, Ending):
-            taken, ending = ending, part
+        elif isinstance(part, TerminalFault):
+            taken, terminal = terminal, part
         else:
             raise TypeError(
                 f"the faults of one request must be Fault objects, not {type(part).__name__}; "
@@ -242,26 +244,26 @@ def course_of(fault: FaultOrFaults | None) -> Course:
             )
         if taken is not None:
             raise ValueError(
-                f"one request cannot meet both {taken!r} and {part!r}; "
+                f"one request cannot have both {taken!r} and {part!r}; "
                 "a tuple is the faults of one request, a list has an item for each request"
             )
-    return Course(latency, latency_after, pace, ending)
+    return Plan(latency, latency_after, pace, terminal)
 
 
 def script_of(argument: str, given: Any, check: Callable[[Any], object], single: type | tuple[type, ...]) -> Script[Any, Any]:
-    """Make a function of what a script may be written as.
+    """Return a function for each form in which a script can be written.
 
     Args:
-        argument: What the script is called in messages.
+        argument: The script's name in messages.
         given: None, one item for every request, an iterable with an item for each, or a function.
-        check: Raises where an item cannot be one.
-        single: The types that are one item.
+        check: Raise where an item is not acceptable.
+        single: The types of one item.
 
     Returns:
-        The function; an iterable that has ended gives None.
+        The function; after the end of an iterable it returns None.
 
     Raises:
-        TypeError: It is none of these.
+        TypeError: `given` has none of these forms.
     """
     if given is None or isinstance(given, single):
         check(given)

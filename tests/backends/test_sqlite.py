@@ -13,8 +13,9 @@ import pytest
 from helpers import FakeClock, wait_until
 
 from aiokv import ConfigurationError, StorageError, StorageFullError, StoreClosedError
-from aiokv.backends import sqlite
-from aiokv.backends.sqlite import APPLICATION_ID, SCHEMA_VERSION, SqliteBackend
+from aiokv.backends import sqlite_file, sqlite_writer
+from aiokv.backends.sqlite import SqliteBackend
+from aiokv.backends.sqlite_file import APPLICATION_ID, SCHEMA_VERSION
 
 
 def row_count(path: Path) -> int:
@@ -55,7 +56,7 @@ async def test_file_is_ours_in_wal_mode_and_bears_its_schema_version(tmp_path: P
 
 
 async def test_writer_flushes_every_commit(tmp_path: Path) -> None:
-    connection = sqlite._connect(tmp_path / "kv.db")
+    connection = sqlite_file.connect(tmp_path / "kv.db")
     # 2 is FULL; the default of WAL mode elsewhere, NORMAL, loses acknowledged writes when the power fails.
     assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
     connection.close()
@@ -70,13 +71,13 @@ async def test_values_outlive_the_process_that_wrote_them(tmp_path: Path) -> Non
 
 async def test_concurrent_sets_are_committed_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
-    commit = sqlite._Worker._commit
+    commit = sqlite_writer.Writer._commit
 
-    def count(self: sqlite._Worker, batch: list[sqlite._Write]) -> object:
+    def count(self: sqlite_writer.Writer, batch: list[sqlite_writer.Write]) -> object:
         batches.append(len(batch))
         return commit(self, batch)
 
-    monkeypatch.setattr(sqlite._Worker, "_commit", count)
+    monkeypatch.setattr(sqlite_writer.Writer, "_commit", count)
     await (await filled(tmp_path / "kv.db", 500)).aclose()
     assert sum(batches) == 500
     assert len(batches) < 50
@@ -109,7 +110,7 @@ async def test_reads_go_on_while_another_process_holds_the_write_lock(tmp_path: 
 async def test_write_that_never_gets_the_lock_fails_and_says_it_was_not_applied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite._connect, "__kwdefaults__", {"busy_timeout_seconds": 0.05})
+    monkeypatch.setattr(sqlite_file.connect, "__kwdefaults__", {"busy_timeout_seconds": 0.05})
     backend = await filled(tmp_path / "kv.db", 1)
     other = sqlite3.connect(tmp_path / "kv.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -126,14 +127,14 @@ async def test_write_that_never_gets_the_lock_fails_and_says_it_was_not_applied(
 
 async def test_full_disk_is_told_apart_and_the_store_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = await filled(tmp_path / "kv.db", 1)
-    connect = sqlite._connect
+    connect = sqlite_file.connect
 
     def connect_small(path: Path) -> sqlite3.Connection:
         connection = connect(path)
         connection.execute("PRAGMA max_page_count = 20")
         return connection
 
-    monkeypatch.setattr(sqlite, "_connect", connect_small)
+    monkeypatch.setattr(sqlite_file, "connect", connect_small)
     # The next connection of the writer is the small one.
     with pytest.raises(StorageError):
         await backend.set("db", "k0", b"no text", 60)  # type: ignore[arg-type]

@@ -1,22 +1,26 @@
 """What the tests of `kv_cached` need: stores whose backend a test watches, slows down or breaks."""
 
 import asyncio
-import itertools
 import os
+import selectors
 import signal
 import sys
-import time
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Generator
+import weakref
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any
 
-import pytest
+import orjson
 
-import aiokv.backends.registry
-from aiokv import AsyncKVStore, StorageError
+from aiokv import AsyncKVStore, CachedFunction, CacheEvent, StorageError
 from aiokv.backends.memory import MemoryBackend
 
-_numbers = itertools.count()
+Cached = Callable[..., CachedFunction[[], int]]
+
+_backends: "weakref.WeakKeyDictionary[AsyncKVStore, WatchedBackend]" = weakref.WeakKeyDictionary()
 
 
 class WatchedBackend(MemoryBackend):
@@ -25,7 +29,7 @@ class WatchedBackend(MemoryBackend):
     A read that is held up answers with what was there when it came, a write takes effect when it is let go.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
         super().__init__(clock)
         self.calls: list[tuple[str, str]] = []
         self.failing: set[str] = set()
@@ -67,12 +71,125 @@ class WatchedBackend(MemoryBackend):
         await super().delete(db_name, key)
 
 
-def watched_store(clock: Callable[[], float] = time.time) -> tuple[WatchedBackend, AsyncKVStore]:
+def watched_store(clock: Callable[[], float] | None = None) -> tuple[WatchedBackend, AsyncKVStore]:
     """Make a store that nobody else has, with its backend."""
     backend = WatchedBackend(clock)
-    name = f"watched-{next(_numbers)}"
-    aiokv.backends.registry._memory_backends[name] = backend
-    return backend, AsyncKVStore("db", url=f"memory://{name}")
+    store = AsyncKVStore("db", backend=backend)
+    _backends[store] = backend
+    return backend, store
+
+
+def same_target(store: AsyncKVStore) -> AsyncKVStore:
+    """Return another store object of the same target, as another module of the program makes it."""
+    return AsyncKVStore(store.db_name, backend=_backends[store])
+
+
+def twin_stores(clock: Callable[[], float] | None = None) -> tuple[WatchedBackend, AsyncKVStore, AsyncKVStore]:
+    """Return two stores of two targets that hold the same values, as two processes have them, and their one backend."""
+    backend, one = watched_store(clock)
+    return backend, one, AsyncKVStore("db", backend=_Twin(backend))
+
+
+class _Twin:
+    """Another backend object with the same values."""
+
+    def __init__(self, backend: WatchedBackend) -> None:
+        self.get, self.set, self.delete, self.aclose = backend.get, backend.set, backend.delete, backend.aclose
+
+
+class MovedTime:
+    """Both clocks of the package and the timers of an event loop, moved by a test alone."""
+
+    def __init__(self) -> None:
+        self.elapsed = 0.0
+        self.wall_shift = 0.0
+
+    def now(self) -> float:
+        return 1_700_000_000.0 + self.elapsed + self.wall_shift
+
+    def monotonic(self) -> float:
+        return 1_000.0 + self.elapsed
+
+    def advance(self, seconds: float) -> None:
+        self.elapsed += seconds
+
+    def run(self, work: Coroutine[Any, Any, Any], *, eager: bool = False) -> Any:
+        """Run a test in a loop that never waits: where nothing is ready, time jumps to the next timer."""
+        with asyncio.Runner(loop_factory=lambda: _JumpingLoop(self)) as runner:
+            if eager:
+                runner.get_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined] # 3.12+
+            return runner.run(work)
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    def __init__(self, moved: MovedTime) -> None:
+        super().__init__()
+        self._moved = moved
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        events = super().select(0)
+        if events or timeout == 0:
+            return events
+        if timeout is None:
+            # Another thread may wake this loop.
+            events = super().select(10)
+            assert events, "nothing is left that could wake the loop"
+            return events
+        self._moved.advance(timeout)
+        return []
+
+
+class _JumpingLoop(asyncio.SelectorEventLoop):
+    def __init__(self, moved: MovedTime) -> None:
+        self._moved = moved
+        super().__init__(_JumpingSelector(moved))
+
+    def time(self) -> float:
+        return self._moved.monotonic()
+
+
+class OtherLoop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._wait())
+
+    async def _wait(self) -> None:
+        self._end = asyncio.Event()
+        await self._end.wait()
+        await settle()
+
+    def begin(self, work: Coroutine[Any, Any, Any]) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    async def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return await asyncio.wrap_future(self.begin(work))
+
+    def end(self) -> None:
+        self.loop.call_soon_threadsafe(self._end.set)
+        self._thread.join()
+
+
+class Events:
+    """An observer that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[CacheEvent] = []
+
+    def __call__(self, event: CacheEvent) -> None:
+        self.seen.append(event)
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.seen]
+
+    def count(self, kind: str) -> int:
+        return self.kinds().count(kind)
 
 
 async def settle(turns: int = 30) -> None:
@@ -133,37 +250,11 @@ def in_child(run: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-# Fixtures, which become a module's own by an assignment there.
-
-
-@pytest.fixture
-def watched() -> tuple[WatchedBackend, AsyncKVStore]:
-    """Give a store that nobody else has, with its backend."""
-    return watched_store()
-
-
-@pytest.fixture
-def backend(watched: tuple[WatchedBackend, AsyncKVStore]) -> WatchedBackend:
-    """Give that backend."""
-    return watched[0]
-
-
-@pytest.fixture
-def store(watched: tuple[WatchedBackend, AsyncKVStore]) -> AsyncKVStore:
-    """Give that store."""
-    return watched[1]
-
-
-@pytest.fixture
-def work() -> Work:
-    """Give an expensive computation."""
-    return Work()
-
-
-@pytest.fixture
-def hurried_threads() -> Generator[None]:
-    """Let threads take turns as often as they can."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
+async def with_compute_seconds(number: CachedFunction[[], int], store: AsyncKVStore, seconds: float) -> None:
+    """Let a stored entry say that its computation took so many seconds."""
+    text = await store.get(number.key())
+    assert text is not None
+    head, _, payload = text.partition("\n")
+    fields = orjson.loads(head)
+    fields[5] = seconds
+    await store.set(number.key(), f"{orjson.dumps(fields).decode()}\n{payload}", 3600)

@@ -4,17 +4,21 @@ import dataclasses
 import datetime as dt
 import decimal
 import enum
+import fractions
 import hashlib
 import json
 import pathlib
 import uuid
 import zoneinfo
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pydantic
 
-from aiokv.caching.keys import KeyMaker, encode
+from aiokv.caching.encoding import encode
+from aiokv.caching.keys import KeyMaker
+
+T = TypeVar("T")
 
 
 class Colour(enum.Enum):
@@ -64,6 +68,18 @@ class OtherModel(pydantic.BaseModel):
 
 class Open(pydantic.BaseModel, extra="allow"):
     name: str
+
+
+class Page(pydantic.BaseModel, Generic[T]):
+    item: T
+
+
+@dataclasses.dataclass
+class Noted:
+    x: int
+
+    def __post_init__(self) -> None:
+        self.note = "n"
 
 
 class Tenant:
@@ -141,6 +157,16 @@ VALUES: dict[str, object] = {
     "array of text": np.array(["ab", "c"]),
     "array of days": np.array(["2024-02-29"], dtype="datetime64[D]"),
     "numpy scalar": np.float32(1.5),
+    "ellipsis": ...,
+    "range": range(1, 5, 2),
+    "fraction": fractions.Fraction(1, 3),
+    "zone": zoneinfo.ZoneInfo("Europe/Oslo"),
+    "fixed zone": dt.timezone(dt.timedelta(hours=1), "A"),
+    "time of a zone": dt.time(1, tzinfo=dt.UTC),
+    "model of which all fields were set": Model(name="m", size=2),
+    "generic model": Page[Point](item=Point(1)),
+    "dataclass with an attribute": Noted(1),
+    "array of padded records": np.zeros(1, dtype=np.dtype([("a", "i1"), ("b", "<i4")], align=True)),
 }
 
 WHOLE_KEYS: dict[str, tuple[dict[str, object], tuple[object, ...], dict[str, object]]] = {
@@ -153,12 +179,12 @@ WHOLE_KEYS: dict[str, tuple[dict[str, object], tuple[object, ...], dict[str, obj
 
 
 def computed() -> dict[str, dict[str, str]]:
-    """Give what the golden file holds, as this process computes it."""
+    """Return what the golden file holds, as this process computes it."""
     encodings = {name: hashlib.blake2b(encode(value), digest_size=16).hexdigest() for name, value in VALUES.items()}
     keys = {name: KeyMaker(call, **options)(args, kwargs) for name, (options, args, kwargs) in WHOLE_KEYS.items()}
     return {"encodings": encodings, "keys": keys}
 
 
 def computed_text() -> str:
-    """Give the text of the golden file, as this process computes it."""
+    """Return the text of the golden file, as this process computes it."""
     return json.dumps(computed(), indent=2, ensure_ascii=False) + "\n"

@@ -116,6 +116,7 @@ def test_server_stops_cleanly_when_asked(home: Path, signal_number: signal.Signa
     assert aiokv("get", "db", "k", "--url", "sqlite:///kv.db", home=home)[1] == b"v"
 
 
+@pytest.mark.slow
 def test_shared_server_takes_the_key_that_the_command_made(home: Path) -> None:
     code, out, err = aiokv("access", "add", "alice", "--access-file", "access", home=home)
     assert code == 0

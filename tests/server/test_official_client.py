@@ -166,4 +166,7 @@ async def test_what_ours_writes_the_official_client_reads_and_deletes(official: 
 async def test_namespaces_are_the_same_for_both(official: Call, ours: AsyncKVStore) -> None:
     await asyncio.to_thread(official, "set", "k", "other", db_name="other-db")
     assert await ours.get("k") is None
-    assert await AsyncKVStore("other-db", url=ours.url, credentials=ours._credentials, http=ours._http).get("k") == "other"
+    assert (
+        await AsyncKVStore("other-db", url=ours.url, credentials=ours._client.credentials, http=ours._client.http).get("k")
+        == "other"
+    )

@@ -14,6 +14,7 @@ WRITERS = 32
 
 
 @pytest.mark.parametrize("part", range(4))
+@pytest.mark.slow
 async def test_every_answered_set_survives_kill_9(tmp_path: Path, part: int) -> None:
     path = tmp_path / "kv.db"
     answered: dict[str, str] = {}

@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 import aiokv.backends.registry
-import aiokv.store
+import aiokv.pooling
 from aiokv import (
     AsyncKVStore,
     BatchError,
@@ -22,6 +22,7 @@ from aiokv import (
     DecodeError,
     RetryPolicy,
     StorageError,
+    ValueTooLargeError,
 )
 from aiokv.backends.memory import MemoryBackend
 
@@ -66,6 +67,25 @@ async def test_many_are_set_read_and_removed_together(store: AsyncKVStore) -> No
     assert await store.get_many([*values, "absent"]) == {**values, "absent": None}
     await store.delete_many(["k0", "k1", "absent"])
     assert await store.get_many(["k1", "k2", "k0"]) == {"k1": None, "k2": "v2", "k0": None}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "words"),
+    [
+        (5, TypeError, "value of 'bad' must be str, not int"),
+        ("s3cret\ud800", ValueError, r"value of 'bad' \(7 characters\) holds a lone surrogate"),
+        ("x" * 1_900_001, ValueTooLargeError, "value of 'bad' is 1,900,001 bytes"),
+    ],
+)
+async def test_value_of_many_that_is_refused_is_named_by_its_key(
+    store: AsyncKVStore, value: Any, kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        await store.set_many({"fine": "v", "bad": value})
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.__context__ is None
+    assert getattr(caught.value, "key", "bad") == "bad"
+    assert await store.get("fine") is None
 
 
 async def test_nothing_at_all_is_a_batch_too(store: AsyncKVStore) -> None:
@@ -219,7 +239,7 @@ async def test_stores_of_one_configuration_share_one_backend_until_the_last_is_c
     await first.aclose()
     await second.set("k", "v")
     await second.aclose()
-    assert not [key for key in aiokv.store._shared if url in str(key)]
+    assert not [key for key in aiokv.pooling._shared if url in str(key)]
 
 
 async def test_closed_store_opens_anew_at_the_next_call(store: AsyncKVStore) -> None:
@@ -236,7 +256,7 @@ async def test_store_that_was_dropped_does_not_keep_others_from_closing(tmp_path
     del dropped
     gc.collect()
     await kept.aclose()
-    assert not [key for key in aiokv.store._shared if url in str(key)]
+    assert not [key for key in aiokv.pooling._shared if url in str(key)]
 
 
 def test_pickled_store_carries_its_configuration_and_no_connection(tmp_path: Path) -> None:
@@ -273,7 +293,7 @@ async def test_closing_gives_back_what_was_opened_though_the_environment_has_cha
     await store.set("k", "v")
     monkeypatch.setenv("AIOKV_URL", f"sqlite:///{tmp_path}/two.db")
     await store.aclose()
-    assert not [key for key in aiokv.store._shared if str(tmp_path) in str(key)]
+    assert not [key for key in aiokv.pooling._shared if str(tmp_path) in str(key)]
 
 
 # asyncio's own: such a loop is not meant to go on.

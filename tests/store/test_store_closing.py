@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from helpers import scripted_service
 from yarl import URL
 
 from aiokv import AsyncKVStore
 from aiokv.backends.http.backend import RemoteBackend
 from aiokv.backends.http.retry import RetryPolicy
 from aiokv.errors import CallError, StoreClosedError
+from aiokv.testing import ScriptedService
 
 
 async def half_an_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -73,7 +73,8 @@ async def test_connections_are_given_back_though_the_other_store_was_not_closed(
         connections.add(request.transport)
         return web.json_response({"value": "v"})
 
-    async with scripted_service(serve) as (url, _):
+    async with ScriptedService(handler=serve) as scripted:
+        url = scripted.url
         store = AsyncKVStore("db", url=url)
         other = store.with_options(timeout=5)
         await other.get("k")
@@ -94,7 +95,8 @@ async def test_write_under_way_while_its_store_closes_may_have_been_applied() ->
         await gate.wait()
         return web.json_response({"status": "ok"})
 
-    async with scripted_service(hold) as (url, recorded):
+    async with ScriptedService(handler=hold) as recorded:
+        url = recorded.url
         backend = RemoteBackend(URL(url))
         write = asyncio.create_task(backend.set("db", "k", "v", 60))
         while not recorded.requests:
@@ -121,7 +123,8 @@ async def test_connections_are_closed_though_whoever_closes_is_cancelled() -> No
                 await asyncio.sleep(0.2)
             return "Key id:secret"
 
-    async with scripted_service(hold) as (url, _):
+    async with ScriptedService(handler=hold) as scripted:
+        url = scripted.url
         backend = RemoteBackend(URL(url), credentials=Stubborn())
         call = asyncio.create_task(backend.get("db", "k"))
         await asyncio.sleep(0.01)
@@ -152,7 +155,7 @@ async def test_closing_in_the_moment_in_which_a_call_runs_out_of_time_succeeds(m
     monkeypatch.setattr(session, "close", close_as_time_runs_out)
     call = asyncio.create_task(backend.get("db", "k"))
     await asyncio.sleep(0)
-    (bound,) = backend._transport._bounds
+    (bound,) = backend._transport._timeouts
     await backend.aclose()
     with pytest.raises(CallError):
         await call

@@ -11,11 +11,13 @@ from helpers import clean_environment, served_process
 
 PRELUDE = """
 import asyncio, gc, logging, os, sys, threading
-from aiokv import AsyncKVStore
+from aiokv import AsyncKVStore, RetryPolicy
 url = sys.argv[1]
 # A callback that a busy machine holds up is no fault; what is left unclosed is logged as an error.
 logging.getLogger("asyncio").setLevel(logging.ERROR)
-store = AsyncKVStore("db", url=url, credentials="id:secret")
+# A retry is logged, and a busy machine is slow to accept a hundred connections.
+patient = RetryPolicy(connect_timeout=15, attempt_timeout=15)
+store = AsyncKVStore("db", url=url, credentials="id:secret", retry=patient)
 
 async def use(name):
     await store.set_many({f"{name}-{i}": name for i in range(20)})
@@ -65,6 +67,7 @@ def test_one_store_serves_ten_loops_one_after_the_other(url: str, tmp_path: Path
     assert run_script(body, url, tmp_path) == "done\n"
 
 
+@pytest.mark.slow
 def test_one_store_serves_ten_loops_in_ten_threads_at_once(url: str, tmp_path: Path) -> None:
     body = """
         failures = []
@@ -116,6 +119,7 @@ def test_forked_children_use_the_store_that_their_parent_had_open(url: str, tmp_
     assert run_script(body, url, tmp_path) == "done\n"
 
 
+@pytest.mark.slow
 def test_ten_forks_and_ten_loops_use_one_store_at_once(url: str, tmp_path: Path) -> None:
     body = """
         failures = []

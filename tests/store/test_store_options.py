@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from helpers import scripted_service
 
 from aiokv import AsyncKVStore, Event, HedgePolicy, RetryPolicy
 from aiokv.backends.registry import open_backend
 from aiokv.errors import CallTimeoutError, UnavailableError
+from aiokv.testing import ScriptedService
 
 
 class Service:
@@ -37,7 +37,8 @@ class Service:
 @pytest.fixture
 async def service() -> AsyncGenerator[tuple[Service, str]]:
     service = Service()
-    async with scripted_service(service) as (url, _):
+    async with ScriptedService(handler=service) as scripted:
+        url = scripted.url
         yield service, url
 
 
@@ -66,7 +67,7 @@ async def test_retry_counts_for_the_other_store_alone(service: tuple[Service, st
 
 def test_timeout_replaces_the_total_of_the_policy_that_is_given_with_it() -> None:
     store = AsyncKVStore("db", url="http://127.0.0.1:1").with_options(timeout=5, retry=RetryPolicy(attempts=2))
-    assert store._retry == RetryPolicy(attempts=2, total_timeout=5.0)
+    assert store._client.retry == RetryPolicy(attempts=2, total_timeout=5.0)
 
 
 async def test_connections_are_shared_and_outlive_the_other_store(service: tuple[Service, str]) -> None:
@@ -123,8 +124,8 @@ async def test_embedded_stores_have_options_too(scheme: str, tmp_path: Any) -> N
 def test_options_travel_with_a_pickled_store() -> None:
     store = AsyncKVStore("db", url="http://127.0.0.1:1", hedge=HedgePolicy(quantile=0.9)).with_options(timeout=7)
     copied = pickle.loads(pickle.dumps(store))
-    assert (copied._retry.total_timeout, copied._hedge) == (7.0, HedgePolicy(quantile=0.9))
-    assert copied.with_options(hedge=False)._hedge is None
+    assert (copied._client.retry.total_timeout, copied._client.hedge) == (7.0, HedgePolicy(quantile=0.9))
+    assert copied.with_options(hedge=False)._client.hedge is None
 
 
 @pytest.mark.parametrize(

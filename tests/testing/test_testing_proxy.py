@@ -27,15 +27,15 @@ from aiokv.testing import (
     Garbage,
     Latency,
     LatencyAfter,
-    RequestSeen,
+    RecordedRequest,
     ResetAfter,
     ResetBefore,
     SlowDrip,
     Stall,
     StallAfter,
     Truncate,
-    at_rate,
-    without_waits,
+    disable_backoff,
+    with_probability,
 )
 from aiokv.testing.background import in_thread
 
@@ -624,7 +624,7 @@ async def test_function_sees_method_and_path_before_anything_has_happened(proxy:
     ids=["raises", "no fault", "two endings"],
 )
 async def test_script_that_fails_resets_and_is_raised_at_the_end(
-    faults: Callable[[RequestSeen], Fault | None], error: type[Exception]
+    faults: Callable[[RecordedRequest], Fault | None], error: type[Exception]
 ) -> None:
     async def use(proxy: FaultProxy) -> None:
         async with proxy, connected(proxy) as (reader, writer):
@@ -666,24 +666,24 @@ def test_faults_that_cannot_be_are_refused_when_they_are_set(faults: object, err
         lambda: Truncate(-1),
         lambda: Truncate(True),
         lambda: Garbage(b""),
-        lambda: at_rate(1.1, Stall()),
-        lambda: at_rate(0.5),
+        lambda: with_probability(1.1, Stall()),
+        lambda: with_probability(0.5),
         lambda: FaultProxy("https://127.0.0.1:1"),
         lambda: FaultProxy("http://user:s3cret@127.0.0.1:1"),
         lambda: FaultProxy("http://127.0.0.1:port"),
     ],
 )
 def test_argument_outside_its_range_is_refused_by_name(make: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=r"seconds|bytes|data|share|at_rate|upstream") as raised:
+    with pytest.raises(ValueError, match=r"seconds|bytes|data|probability|with_probability|upstream") as raised:
         make()
     assert "s3cret" not in str(raised.value)
 
 
 def test_draws_are_repeated_by_their_seed_and_keep_to_their_share() -> None:
-    seen = RequestSeen(1, 1, "GET", "/")
+    seen = RecordedRequest(1, 1, "GET", "/")
 
     def drawn(share: float, *faults: Fault, seed: int) -> list[object]:
-        draw = at_rate(share, *faults, seed=seed)
+        draw = with_probability(share, *faults, seed=seed)
         return [draw(seen) for _ in range(10_000)]
 
     first = drawn(0.3, Stall(), ResetAfter(), seed=7)
@@ -726,8 +726,8 @@ async def test_set_that_meets_a_fault_fails_as_the_store_says(  # noqa: PLR0913 
 
 
 async def test_retries_bring_calls_through_a_flaky_network_and_every_send_is_counted(proxy: FaultProxy) -> None:
-    proxy.faults = at_rate(0.2, ResetBefore(), ResetAfter(), Truncate(1), (Latency(1), ResetAfter()), seed=3)
-    with without_waits():
+    proxy.faults = with_probability(0.2, ResetBefore(), ResetAfter(), Truncate(1), (Latency(1), ResetAfter()), seed=3)
+    with disable_backoff():
         async with AsyncKVStore("db", url=proxy.url, retry=RetryPolicy(attempts=20)) as store:
 
             async def use(number: int) -> None:
@@ -743,7 +743,7 @@ async def test_retries_bring_calls_through_a_flaky_network_and_every_send_is_cou
 
 
 async def test_clients_that_are_cancelled_leave_nothing_behind(proxy: FaultProxy) -> None:
-    proxy.faults = at_rate(0.5, Stall(), StallAfter())
+    proxy.faults = with_probability(0.5, Stall(), StallAfter())
     async with AsyncKVStore("db", url=proxy.url) as store:
         calls = [asyncio.create_task(store.get(f"k{number}")) for number in range(50)]
         await until(lambda: len(proxy.requests) == 50)

@@ -115,11 +115,13 @@ def run_pytest(folder: Path, source: str, *options: str) -> str:
     ],
     ids=["synchronous", "asyncio auto", "asyncio with a module's loop", "anyio"],
 )
+@pytest.mark.slow
 def test_fixtures_serve_tests_of_any_kind(tmp_path: Path, options: list[str], asynchronous: str, passed: int) -> None:
     output = run_pytest(tmp_path, SYNCHRONOUS + asynchronous, *options)
     assert f"= {passed} passed in " in output, output
 
 
+@pytest.mark.slow
 def test_tests_that_the_readme_shows_pass(tmp_path: Path) -> None:
     section = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Test against faults\n")[2]
     source = section.partition("```python\n")[2].partition("```")[0]
@@ -145,6 +147,7 @@ def test_nothing(pytestconfig):
     assert "= 1 passed in " in run_pytest(tmp_path, source, *LOOP_SCOPE)
 
 
+@pytest.mark.slow
 def test_server_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     source = """
 import pytest
@@ -167,7 +170,7 @@ def test_plugin_is_registered_and_its_package_says_what_is_public() -> None:
     (entry_point,) = entry_points(group="pytest11", name="aiokv")
     assert entry_point.value == "pytest_aiokv"
     assert all(hasattr(aiokv.testing, name) for name in aiokv.testing.__all__)
-    assert "without_waits" in aiokv.testing.__all__
+    assert "disable_backoff" in aiokv.testing.__all__
 
 
 def test_fixtures_of_this_run_are_the_plugin_s(kv_store: aiokv.AsyncKVStore, flaky_kv: object) -> None:

@@ -2,11 +2,13 @@
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 
 import aiohttp
 import pytest
+from aiohttp import web
 from helpers import FakeClock
 
 from aiokv import (
@@ -17,9 +19,11 @@ from aiokv import (
     ResponseError,
     RetryPolicy,
     ThrottledError,
+    TransportError,
     UnavailableError,
 )
-from aiokv.testing import Reply, ScriptedService, ServiceRequest, without_waits
+from aiokv.testing import Reply, ScriptedService, ServiceRequest, disable_backoff
+from aiokv.wire import TOKEN_PATH
 
 KEY = "me:s3cret"
 
@@ -96,7 +100,7 @@ def test_moment_is_written_as_http_has_it() -> None:
 
 async def test_retries_get_past_a_script_and_are_counted() -> None:
     async with ScriptedService(Reply.throttled(), Reply.unavailable(), Reply.html(504)) as service:
-        with without_waits():
+        with disable_backoff():
             async with store_of(service, attempts=4) as store:
                 await store.set("k", "v")
         assert await service.backend.get("db", "k") == "v"
@@ -250,3 +254,39 @@ async def test_service_that_does_not_run_says_how_to_run_it() -> None:
     async with service:
         with pytest.raises(RuntimeError, match="already"):
             await service.__aenter__()
+
+
+async def test_request_is_recorded_with_headers_and_body_that_its_repr_does_not_show() -> None:
+    async with ScriptedService(Reply.done()) as service, AsyncKVStore("db", url=service.url, credentials="id:s3cret") as store:
+        await store.set("k", "s3cret value")
+        exchange, call = service.requests
+    assert exchange.headers["Authorization"] == "Key id:s3cret"
+    assert (call.body, call.headers["Content-Type"]) == (b"s3cret value", "text/plain; charset=utf-8")
+    assert service.paths == [TOKEN_PATH, "/set/db/k?ttl=2592000"]
+    assert "s3cret" not in repr(service.requests)
+
+
+async def test_handler_answers_every_request_in_place_of_the_scripts() -> None:
+    async def abort(request: web.BaseRequest) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    async with ScriptedService(Reply.done(), handler=abort) as service:
+        store = AsyncKVStore("db", url=service.url, retry=RetryPolicy.none())
+        with pytest.raises(TransportError):
+            await store.set("k", "v")
+        await store.aclose()
+    assert [request.body for request in service.requests] == [b"v"]
+
+
+async def test_token_lives_by_the_clock_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        ScriptedService(requires_token=True, token_lifetime_seconds=60) as service,
+        AsyncKVStore("db", url=service.url, credentials="id:secret") as store,
+    ):
+        await store.get("k")
+        now = time.time()
+        monkeypatch.setattr("aiokv.clock.now", lambda: now + 61)
+        await store.get("k")
+    assert service.exchanges == 2

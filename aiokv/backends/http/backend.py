@@ -1,18 +1,18 @@
-"""A store behind HTTP: fal's service, or a server of one's own."""
+"""A store behind HTTP: fal's service, or `aiokv serve`."""
 
 import asyncio
 import copy
-import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import NamedTuple, Self
 
 from yarl import URL
 
-from aiokv.backends.http.auth import Token, TokenSource, choose_credentials, parse_token, token_url
+from aiokv.backends.http.credentials import choose_credentials, find_authorization, token_url
 from aiokv.backends.http.hedge import HedgePolicy, Hedger
 from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import QUOTA_TOKENS, SUCCESS_TOKENS, RetryPolicy, quota_of, retry
+from aiokv.backends.http.tokens import Token, TokenSource, parse_token
 from aiokv.backends.http.transport import Answer, Timeouts, Transport
 from aiokv.errors import CallError, CallTimeoutError, ResponseError
 from aiokv.telemetry import TokenRenewed, detached
@@ -26,36 +26,38 @@ from aiokv.wire import (
     parse_retry_after,
     parse_value_body,
     printable,
+    redact,
     ttl_query,
 )
 
 _OK = 200
 _UNAUTHORIZED = 401
+_FORBIDDEN = 403
 _NOT_FOUND = 404
 
 
 class _Call(NamedTuple):
-    """One get, set or delete, as it goes out and as its errors name it."""
+    """One get, set or delete: what is sent, and what its errors name."""
 
     verb: Verb
     db_name: str
     key: str
     url: URL
     body: bytes | None = None
-    # What an answer must not echo into an error.
+    # No error may repeat it, though an answer may echo it.
     value: str = ""
 
 
 class RemoteBackend:
-    """Speak the service's protocol over a pooled session; belongs to one event loop.
+    """A client of the service's protocol over a pooled session; belongs to one event loop.
 
     Args:
         url: The service's address, `http(s)://host[:port][/prefix]`.
-        credentials: `"<id>:<secret>"`, an object with `authorization`, or None for what the host is entitled to.
+        credentials: `"<id>:<secret>"`, an object with `authorization`, or None for those of the environment.
         policy: Attempts, timeouts and waits.
         options: The pooled session.
         sleep: Waits between attempts; `asyncio.sleep` but for tests.
-        clock: Gives a monotonic time in seconds, for the life of tokens.
+        clock: Returns a monotonic time in seconds, for the life of tokens; None takes `aiokv.clock.monotonic`.
 
     Raises:
         ConfigurationError: The options cannot work.
@@ -70,7 +72,7 @@ class RemoteBackend:
         policy: RetryPolicy | None = None,
         options: HttpOptions | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._url = url
         self._prefix = url.raw_path.rstrip("/")
@@ -82,22 +84,22 @@ class RemoteBackend:
         self._transport = Transport(options or HttpOptions())
         self._loop = asyncio.get_running_loop()
         self._quota = quota_of(self._host)
-        # The last write of each entry: the next one comes after it.
-        self._writing: dict[tuple[str, str], asyncio.Future[None]] = {}
+        # The last write of each entry, which the next one waits for.
+        self._last_writes: dict[tuple[str, str], asyncio.Future[None]] = {}
         self._hedgers: dict[HedgePolicy, Hedger] = {}
         self._hedger: Hedger | None = None
         self._policy = policy or RetryPolicy()
         self._timeouts = Timeouts(self._policy)
 
     def with_options(self, policy: RetryPolicy, hedge: HedgePolicy | None) -> Self:
-        """Give a backend that shares this one's connections, token and order of writes, and goes by other options.
+        """Return a backend with other options that shares this one's connections, token and order of writes.
 
         Args:
             policy: Attempts, timeouts and waits.
             hedge: When reads are sent a second time; None never.
 
         Returns:
-            The other one; to close either closes both.
+            The other one; closing either closes both.
         """
         other = copy.copy(self)
         hedger = None if hedge is None else self._hedgers.setdefault(hedge, Hedger(hedge))
@@ -106,15 +108,15 @@ class RemoteBackend:
 
     async def get(self, db_name: str, key: str) -> str | None:
         """Read a value; see `Backend.get`."""
-        return await self._made(self._call("get", db_name, key), self._loop.time())
+        return await self._run(self._call("get", db_name, key), self._loop.time())
 
     async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
         """Store a value; see `Backend.set`."""
-        await self._written(self._call("set", db_name, key, query=ttl_query(ttl_seconds), value=value))
+        await self._write(self._call("set", db_name, key, query=ttl_query(ttl_seconds), value=value))
 
     async def delete(self, db_name: str, key: str) -> None:
-        """Remove an entry; see `Backend.delete`."""
-        await self._written(self._call("delete", db_name, key))
+        """Delete an entry; see `Backend.delete`."""
+        await self._write(self._call("delete", db_name, key))
 
     async def aclose(self) -> None:
         """Close every connection; see `Backend.aclose`."""
@@ -124,39 +126,39 @@ class RemoteBackend:
             for hedger in list(self._hedgers.values()):
                 await hedger.aclose()
         finally:
-            # Also where whoever closes is cancelled: nobody else could.
+            # Also where this task is cancelled: no other could close it.
             await self._transport.aclose()
 
     def _call(
         self, verb: Verb, db_name: str, key: str, *, query: dict[str, str] | None = None, value: str | None = None
     ) -> _Call:
-        # Encoded by us: yarl would drop "." segments and decode what it thinks safe.
+        # Encoded here: yarl would drop "." segments and decode what it thinks safe.
         url = self._url.with_path(self._prefix + entry_path(verb, db_name, key), encoded=True)
         if value is None:
             return _Call(verb, db_name, key, url)
         return _Call(verb, db_name, key, url.with_query(query), value.encode(), value)
 
-    async def _written(self, call: _Call) -> None:
-        """Write once the write of the same entry before it is through, or that one might come last."""
+    async def _write(self, call: _Call) -> None:
+        """Write after the earlier write of the same entry has ended; otherwise the earlier one might land last."""
         started = self._loop.time()
         entry = (call.db_name, call.key)
-        previous = self._writing.get(entry)
-        through = self._writing[entry] = self._loop.create_future()
+        previous = self._last_writes.get(entry)
+        ended = self._last_writes[entry] = self._loop.create_future()
         try:
             if previous is not None:
                 await self._wait_for(previous, call, started)
-            await self._made(call, started)
+            await self._run(call, started)
         finally:
             if previous is None or previous.done():
-                self._let_pass(entry, through)
+                self._end_write(entry, ended)
             else:
-                # Whoever gives up waiting lets nobody overtake the one that is still under way.
-                previous.add_done_callback(lambda _: self._let_pass(entry, through))
+                # We gave up, but the earlier write still runs: later writes must wait for it.
+                previous.add_done_callback(lambda _: self._end_write(entry, ended))
 
-    def _let_pass(self, entry: tuple[str, str], through: "asyncio.Future[None]") -> None:
-        through.set_result(None)
-        if self._writing.get(entry) is through:
-            del self._writing[entry]
+    def _end_write(self, entry: tuple[str, str], ended: "asyncio.Future[None]") -> None:
+        ended.set_result(None)
+        if self._last_writes.get(entry) is ended:
+            del self._last_writes[entry]
 
     async def _wait_for(self, previous: "asyncio.Future[None]", call: _Call, started: float) -> None:
         await asyncio.wait([previous], timeout=self._policy.total_timeout)
@@ -171,8 +173,8 @@ class RemoteBackend:
                 transient=False,
             )
 
-    async def _made(self, call: _Call, started: float) -> str | None:
-        """Send a call until it is answered, refused, or out of attempts or time; give the value of a get."""
+    async def _run(self, call: _Call, started: float) -> str | None:
+        """Send a call until it is answered, refused, or out of attempts or time; return the value of a get."""
         deadline = started + self._policy.total_timeout
         try:
             try:
@@ -190,7 +192,7 @@ class RemoteBackend:
             raise
 
     async def _attempt(self, call: _Call, deadline: float) -> str | None:
-        """Send a call once; where its token is refused, renew that and send it once more."""
+        """Send a call once; where its token is refused, renew that and send the call once more."""
         try:
             header = self._tokens.current(self._exchange) if self._tokens is not None else None
             if header is None and self._tokens is not None:
@@ -200,10 +202,10 @@ class RemoteBackend:
                 header = await self._new_header(deadline, refused=header)
                 answer = await self._send(call, header, deadline)
             if answer.status == _OK:
-                return _parsed(answer, write=call.verb != "get")
+                return _parse_answer(answer, write=call.verb != "get")
             if answer.status == _NOT_FOUND and call.verb == "get":
                 return None
-            raise self._refusal(answer, header, secrets=(call.value,), write=call.verb != "get")
+            raise self._refused_call(call, answer, header)
         except CallError as error:
             error.verb, error.db_name, error.key, error.host = call.verb, call.db_name, call.key, self._host
             raise
@@ -222,43 +224,49 @@ class RemoteBackend:
             return None
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._tokens.renewed(self._exchange, refused)
+                return await self._tokens.wait_for_token(self._exchange, refused)
         except TimeoutError as error:
             if isinstance(error, CallError):
                 raise
-            raise CallTimeoutError("no token in time", transient=False) from error
+            raise CallTimeoutError(
+                f"the token exchange at {self._token_url.authority} did not end before the deadline", transient=False
+            ) from error
 
     async def _exchange(self) -> Token:
-        """Exchange the credentials for a token, and tell of it whoever watches the call that needs it."""
-        watched = detached()
-        if watched is None:
-            return await self._exchanged()
+        """Exchange the credentials for a token, and notify the observer of the call that needs it."""
+        observed = detached()
+        if observed is None:
+            return await self._exchange_unobserved()
         started = self._loop.time()
         try:
-            token = await self._exchanged()
+            token = await self._exchange_unobserved()
         except BaseException as error:
-            watched.tell(TokenRenewed(str(self._token_url), self._loop.time() - started, error))
+            observed.notify(TokenRenewed(str(self._token_url), self._loop.time() - started, error))
             raise
-        watched.tell(TokenRenewed(str(self._token_url), self._loop.time() - started, None))
+        observed.notify(TokenRenewed(str(self._token_url), self._loop.time() - started, None))
         return token
 
-    async def _exchanged(self) -> Token:
+    async def _exchange_unobserved(self) -> Token:
         """Exchange the credentials for a token, with the retries of any call."""
         if self._credentials is None:
             raise AssertionError("a token source exists only where credentials do")
         deadline = self._loop.time() + self._policy.total_timeout
         try:
             async with asyncio.timeout_at(deadline):
-                authorization = await self._credentials.authorization()
+                authorization, source = await find_authorization(self._credentials)
         except TimeoutError as error:
-            raise CallTimeoutError("the credentials were not given in time", transient=False) from error
+            raise CallTimeoutError(
+                f"the credentials were not found within {self._policy.total_timeout:g} s "
+                f"(`authorization` of {type(self._credentials).__name__})",
+                transient=False,
+            ) from error
         headers = {"Authorization": authorization, "Content-Type": "application/json"}
 
         async def attempt() -> Token:
             answer = await self._transport.request("POST", self._token_url, headers, b"{}", self._timeouts, deadline)
             if answer.status != _OK:
-                raise self._refusal(answer, headers["Authorization"])
-            return parse_token(answer)
+                raise _refused_exchange(answer, authorization, source)
+            return parse_token(answer, source)
 
         quota = quota_of(self._token_url.authority)
         try:
@@ -271,37 +279,56 @@ class RemoteBackend:
                 return token
             return await retry(first_error, attempt, self._policy, deadline, quota, self._sleep)
         except CallError as error:
-            # To the call that waits for the token this is final: the exchange has had its attempts, and nothing was stored.
-            error.reason = f"exchanging credentials for a token at {self._token_url.authority}: {error.reason}"
+            # Final for the call that waits for the token: the exchange has had its attempts, and the call was not sent.
+            error.reason = f"the token exchange at {self._token_url.authority} failed: {error.reason}"
             error.transient = False
             error.maybe_applied = False
             raise
 
-    def _refusal(self, answer: Answer, header: str | None, *, secrets: tuple[str, ...] = (), write: bool = False) -> CallError:
-        # The header's second word is the token or the key, and a key's second half is the secret.
-        token = (header or "").partition(" ")[2]
-        detail = error_detail(answer.body, (token, token.partition(":")[2], *secrets))
-        if answer.status == _UNAUTHORIZED:
-            detail += "; check the credentials" if header else "; pass credentials='<id>:<secret>' or set AIOKV_KEY"
-        elif answer.headers.get("Location"):
-            detail += "; redirects are not followed, name the final address"
-        error = error_for_status(
-            answer.status,
-            detail,
-            retry_after=parse_retry_after(answer.headers.get("Retry-After")),
-            write=write,
-        )
-        error.request_id = _request_id(answer)
+    def _refused_call(self, call: _Call, answer: Answer, header: str | None) -> CallError:
+        error = _error_of(answer, (*_secrets_of(header), call.value), write=call.verb != "get")
+        if answer.status in {_UNAUTHORIZED, _FORBIDDEN}:
+            if header is None or self._tokens is None:
+                error.reason += "; no credentials were sent: pass credentials='<id>:<secret>' or set AIOKV_KEY"
+            else:
+                error.reason += (
+                    f"; the credentials ({self._tokens.source}) were exchanged for a token, and the service refused the call "
+                    "with it: check that they may use this store"
+                )
         return error
 
 
+def _refused_exchange(answer: Answer, authorization: str, source: str) -> CallError:
+    error = _error_of(answer, _secrets_of(authorization), write=False)
+    if answer.status in {_UNAUTHORIZED, _FORBIDDEN}:
+        error.reason += f"; the credentials were refused: check {source}"
+    return error
+
+
+def _secrets_of(header: str | None) -> tuple[str, ...]:
+    # The header's second word is the token or the key, and a key's second half is the secret.
+    secret = (header or "").partition(" ")[2]
+    return (secret, secret.partition(":")[2])
+
+
+def _error_of(answer: Answer, secrets: tuple[str, ...], *, write: bool) -> CallError:
+    detail = error_detail(answer.body, secrets)
+    if answer.headers.get("Location"):
+        detail += "; redirects are not followed, name the final address"
+    error = error_for_status(
+        answer.status, detail, retry_after=parse_retry_after(answer.headers.get("Retry-After")), write=write
+    )
+    error.request_id = _request_id(answer, secrets)
+    return error
+
+
 def _is_good(answer: Answer) -> bool:
-    """Say whether a read's answer is worth not waiting for another."""
+    """Return whether a read's answer makes a second one needless."""
     return answer.status in {_OK, _NOT_FOUND}
 
 
-def _parsed(answer: Answer, *, write: bool) -> str | None:
-    """Read a 200: the value of a get, nothing of a write."""
+def _parse_answer(answer: Answer, *, write: bool) -> str | None:
+    """Return the value of a get's 200; check the 200 of a write."""
     try:
         if not write:
             return parse_value_body(answer.body)
@@ -310,10 +337,10 @@ def _parsed(answer: Answer, *, write: bool) -> str | None:
         reason = str(error)
     else:
         return None
-    # Never asked for again: what answered once so will do so again.
+    # Not tried again: the next answer would be the same.
     raise ResponseError(reason, status=answer.status, request_id=_request_id(answer), maybe_applied=write)
 
 
-def _request_id(answer: Answer) -> str | None:
+def _request_id(answer: Answer, secrets: tuple[str, ...] = ()) -> str | None:
     request_id = answer.headers.get("X-Fal-Request-Id") or answer.headers.get("X-Request-Id")
-    return printable(request_id) if request_id else None
+    return printable(redact(request_id, secrets)) if request_id else None

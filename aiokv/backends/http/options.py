@@ -1,21 +1,20 @@
-"""What a program may say of a remote store; loads nothing that a program without one would not need."""
+"""The options of a store behind HTTP; this module loads nothing that a program without such a store would not need."""
 
 import math
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from aiokv.errors import CredentialsError
+from aiokv.record import Record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HttpOptions:
-    """Configure the pooled session behind an `http(s)://` store.
+class HttpOptions(Record, kw_only=True):
+    """The pooled session of an `http(s)://` store.
 
     Args:
-        pool_size: Connections, and so requests under way at once; a further call waits for its turn.
+        pool_size: The number of connections, and so of requests under way at once; further calls wait.
         keepalive_seconds: How long an idle connection is kept; keep it below the server's or load balancer's own limit.
         dns_cache_seconds: How long a resolved address is kept.
-        ca_file: A PEM file of the certificates to trust in place of the system's, as for a server of one's own.
+        ca_file: A PEM file of the certificates to trust in place of the system's, as for a server with its own authority.
     """
 
     pool_size: int = 100
@@ -34,10 +33,10 @@ class HttpOptions:
 
 @runtime_checkable
 class Credentials(Protocol):
-    """Give the header that is exchanged for a token; implement it to fetch secrets from a vault."""
+    """A source of the header that is exchanged for a token; implement it to fetch secrets from a vault."""
 
     async def authorization(self) -> str:
-        """Give the Authorization header for the token endpoint.
+        """Return the Authorization header for the token endpoint.
 
         Returns:
             Scheme and secret, such as `Key <id>:<secret>`.
@@ -49,11 +48,11 @@ class Credentials(Protocol):
 
 
 def check_key_form(key: str, source: str) -> None:
-    """Check that a text is a key; it is not repeated.
+    """Check that a text is a key; the message does not repeat it.
 
     Args:
         key: The text; white space around it does not count.
-        source: Where it came from, for the message.
+        source: Where it was found, for the message.
 
     Raises:
         CredentialsError: It is not `<id>:<secret>` of printable ASCII.

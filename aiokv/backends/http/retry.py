@@ -1,21 +1,20 @@
 """When and how a failed call is tried again; the only importer of tenacity.
 
-The first attempt is made outside this module, by a bare `try`: a call through tenacity costs many times what that does.
+The first attempt is made outside this module, by a bare `try`: that costs a small part of a call through tenacity.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
-import random
 import threading
 from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from aiokv import telemetry
 from aiokv.errors import CallError, ConfigurationError, ThrottledError
+from aiokv.record import Record
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -30,23 +29,22 @@ THROTTLED_COST_TOKENS = 5
 SUCCESS_TOKENS = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryPolicy:
-    """Say how long a call may take and how often it is tried; all times are in seconds.
+class RetryPolicy(Record, kw_only=True):
+    """How long a call may take and how often it is tried; all times are in seconds.
 
-    Before retry number n the wait is uniform in `[0, min(cap, base * 2**(n - 1))]`. After a 429, or any answer that bears
-    Retry-After, base and cap are the throttled ones, and the wait comes on top of Retry-After; where that passes the deadline,
-    the call fails at once.
+    Before retry number n the wait is uniform in `[0, min(cap, base * 2**(n - 1))]`. After a 429, or any answer with
+    Retry-After, base and cap are the throttled ones, and the wait is added to Retry-After. Where the wait would pass the
+    deadline, the call fails at once.
 
     Args:
         attempts: How often a call is sent at most, 1 or more.
         total_timeout: From the call's start to its failure, waits and every attempt included.
-        attempt_timeout: For one attempt, from the moment it has a connection's place to the last byte of its answer.
+        attempt_timeout: For one attempt, from its place in the connection pool to the last byte of its answer.
         connect_timeout: For making a connection, TLS included.
-        backoff_base: The first wait's upper bound.
-        backoff_cap: Every wait's upper bound.
-        throttled_base: Likewise where the service asks to slow down.
-        throttled_cap: Likewise.
+        backoff_base: The upper bound of the first wait.
+        backoff_cap: The upper bound of every wait.
+        throttled_base: The upper bound of the first wait where the service asks to slow down.
+        throttled_cap: The upper bound of every such wait.
     """
 
     attempts: int = 4
@@ -70,7 +68,7 @@ class RetryPolicy:
 
     @classmethod
     def none(cls) -> Self:
-        """Make a policy that sends every call once.
+        """Return a policy that sends every call once.
 
         Returns:
             The default timeouts with a single attempt.
@@ -78,7 +76,7 @@ class RetryPolicy:
         return cls(attempts=1)
 
     def within(self, total_timeout: float | timedelta) -> Self:
-        """Give this policy with another total, which no attempt outlives.
+        """Return this policy with another total, which no attempt outlives.
 
         Args:
             total_timeout: Seconds, or a `timedelta`; more than 0.
@@ -96,33 +94,35 @@ class RetryPolicy:
             raise TypeError(f"timeout must be seconds or a timedelta, not {type(total_timeout).__name__}")
         if not total_timeout > 0:
             raise ValueError(f"timeout must be more than 0 seconds, not {total_timeout!r}")
-        return replace(self, total_timeout=float(total_timeout))
+        return self._replace(total_timeout=float(total_timeout))
 
     def wait_seconds(self, retry_number: int, error: CallError) -> float:
         """Draw the wait before a retry.
 
         Args:
             retry_number: 1 before the first retry.
-            error: What the attempt before it met.
+            error: The error of the attempt before it.
 
         Returns:
             Seconds, at least what the service asked for.
         """
+        import random  # noqa: PLC0415 (costly to import, and seldom needed)
+
         base, cap = (self.throttled_base, self.throttled_cap) if is_throttled(error) else (self.backoff_base, self.backoff_cap)
         # An exponent past any use would overflow a float.
         bound = min(cap, base * 2.0 ** min(retry_number - 1, 64))
-        # On top of what the service asked for: all that it told the same would come back at once.
+        # Added to Retry-After: otherwise all clients that got the same number would come back at once.
         return (error.retry_after or 0.0) + random.uniform(0.0, bound)  # noqa: S311 (spreads load, guards nothing)
 
 
 class RetryQuota:
-    """Tokens that retries to one host are paid with, so that an outage meets few of them, not four times the load.
+    """A token bucket that pays for retries to one host, so that an outage does not meet four times the load.
 
-    A retry costs 14 tokens, after throttling 5. A retry that succeeds gets its cost back, a call that succeeds at once gives 1,
-    and there are never more than 500: about 35 retries without a success between them, then each call is sent once.
-    It is shared by the event loops and threads of a process.
+    A retry costs 14 tokens, after throttling 5. A retry that succeeds gives its cost back, a call that succeeds at once
+    gives 1, and the bucket holds at most 500: about 35 retries without a success between them, then each call is sent once.
+    The event loops and threads of a process share it.
 
-    Source: the standard retry mode of the AWS SDKs, whose quota this is.
+    Source: the retry quota of the standard retry mode of the AWS SDKs.
     """
 
     def __init__(self) -> None:
@@ -133,10 +133,10 @@ class RetryQuota:
         """Take tokens for a retry.
 
         Args:
-            cost_tokens: How many.
+            cost_tokens: Their number.
 
         Returns:
-            False where there are fewer; then none were taken.
+            False where the bucket holds fewer; then none were taken.
         """
         with self._lock:
             if self.tokens < cost_tokens:
@@ -145,10 +145,10 @@ class RetryQuota:
             return True
 
     def refund(self, tokens: int) -> None:
-        """Give tokens back.
+        """Put tokens back.
 
         Args:
-            tokens: How many; what is over the capacity is dropped.
+            tokens: Their number; what passes the capacity is dropped.
         """
         with self._lock:
             self.tokens = min(self.tokens + tokens, QUOTA_TOKENS)
@@ -158,7 +158,7 @@ _quotas: dict[str, RetryQuota] = {}
 
 
 def quota_of(host: str) -> RetryQuota:
-    """Give the quota that all calls to a host share in this process.
+    """Return the quota that all calls to a host share in this process.
 
     Args:
         host: Host and port.
@@ -170,45 +170,45 @@ def quota_of(host: str) -> RetryQuota:
 
 
 def reset_quotas() -> None:
-    """Fill the quota of every host, as in a new process: those that are in use, too."""
+    """Fill the quota of every host, as in a new process, those in use included."""
     for quota in list(_quotas.values()):
         quota.refund(QUOTA_TOKENS)
 
 
-# What a fork finds may be locked by a thread that the child does not have.
+# A thread of the parent may hold the lock of a quota, and does not exist in the child.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_quotas.clear)
 
-_waits = True
+_backoff = True
 
 
 @contextlib.contextmanager
-def without_waits() -> Generator[None]:
-    """Take the waits between attempts out, in the whole process, for tests; what is retried, and how often, stays.
+def disable_backoff() -> Generator[None]:
+    """Skip the waits between attempts in the whole process, for tests; which calls are retried, and how often, stays.
 
     A wait that would pass the deadline still fails the call at once.
     """
-    global _waits  # noqa: PLW0603 (a switch of the process)
-    before, _waits = _waits, False
+    global _backoff  # noqa: PLW0603 (a switch of the process)
+    before, _backoff = _backoff, False
     try:
         yield
     finally:
-        _waits = before
+        _backoff = before
 
 
 def is_throttled(error: CallError) -> bool:
-    """Say whether an error asks to slow down, which is told apart from a failure.
+    """Return whether an error asks to slow down, rather than being a failure.
 
     Args:
-        error: What an attempt met.
+        error: The error of an attempt.
 
     Returns:
-        True for a 429, and for whatever bears Retry-After.
+        True for a 429, and for any answer with Retry-After.
     """
     return isinstance(error, ThrottledError) or error.retry_after is not None
 
 
-async def retry(  # noqa: PLR0913, PLR0917 (what a sequence goes by)
+async def retry(  # noqa: PLR0913, PLR0917 (all that decides about a sequence)
     first_error: CallError,
     attempt: Callable[[], Awaitable[R]],
     policy: RetryPolicy,
@@ -216,18 +216,18 @@ async def retry(  # noqa: PLR0913, PLR0917 (what a sequence goes by)
     quota: RetryQuota,
     sleep: Callable[[float], Awaitable[None]],
 ) -> R:
-    """Go on with a call whose first attempt has failed.
+    """Try a call again whose first attempt has failed.
 
     Args:
-        first_error: What the first attempt met.
+        first_error: The error of the first attempt.
         attempt: Sends the call once more.
-        policy: How often, and with what waits.
+        policy: How often to try, and with which waits.
         deadline: The event loop's time at which the call must have ended.
-        quota: What retries are paid with.
-        sleep: Waits; `asyncio.sleep` but for tests.
+        quota: The tokens that pay for retries.
+        sleep: Waits; `asyncio.sleep` except in tests.
 
     Returns:
-        What the first successful attempt gave.
+        The result of the first successful attempt.
 
     Raises:
         CallError: The last attempt's error, with `attempts` counted and `maybe_applied` true where any attempt's was.
@@ -236,7 +236,7 @@ async def retry(  # noqa: PLR0913, PLR0917 (what a sequence goes by)
         first_error.attempts = 1
         raise first_error
     sequence = _Sequence(first_error, attempt, policy, deadline, quota)
-    return await sequence.run(sleep if _waits else _yield)
+    return await sequence.run(sleep if _backoff else _yield)
 
 
 class _Sequence(Generic[R]):
@@ -258,19 +258,19 @@ class _Sequence(Generic[R]):
         self._attempts = 1
         self._error = first_error
         self._paid_tokens = 0
-        # Whether that retry is still to be sent.
+        # Whether the retry that was paid for is yet to be sent.
         self._is_waiting = False
         self._maybe_applied = first_error.maybe_applied
 
     async def run(self, sleep: Callable[[float], Awaitable[None]]) -> R:
         import tenacity  # noqa: PLC0415 (a program that meets no failure need not load it)
 
-        # A new instance for each sequence: a shared one mixes concurrent calls up.
+        # A new instance for each sequence: a shared one mixes up concurrent calls.
         sequence = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, CallError) and error.transient),
             wait=lambda state: self._policy.wait_seconds(state.attempt_number, _error_of(state)),
             stop=self._stops,
-            before_sleep=self._tell,
+            before_sleep=self._notify,
             sleep=sleep,
             reraise=True,
         )
@@ -278,7 +278,10 @@ class _Sequence(Generic[R]):
             result: R = await sequence(self._next)
         except CallError as error:
             error.attempts = self._attempts
-            error.maybe_applied = self._maybe_applied
+            if self._maybe_applied and not error.maybe_applied:
+                # This attempt may say that nothing was stored; it cannot speak for an earlier one.
+                error.reason += "; an earlier attempt may have been applied"
+                error.maybe_applied = True
             raise
         except BaseException:
             if self._is_waiting:
@@ -288,7 +291,7 @@ class _Sequence(Generic[R]):
         return result
 
     async def _next(self) -> R:
-        # The first call stands for the attempt already made, so that counts and waits begin where they should.
+        # The first call stands for the attempt that was made before, so that tenacity counts it.
         if self._pending is not None:
             error, self._pending = self._pending, None
             raise error
@@ -302,7 +305,7 @@ class _Sequence(Generic[R]):
             self._maybe_applied = self._maybe_applied or error.maybe_applied
             raise
         except ConfigurationError as error:
-            # Credentials that have gone meanwhile: what matters is what may have become of the write.
+            # The credentials are gone. More important is that the write may have been applied.
             self._error.reason += f"; it cannot be tried again: {error}"
             self._error.transient = False
             raise self._error from error
@@ -319,7 +322,7 @@ class _Sequence(Generic[R]):
         error.reason += "; not tried again, since most calls to this host fail (its retry quota is spent)"
         return True
 
-    def _tell(self, state: "RetryCallState") -> None:
+    def _notify(self, state: "RetryCallState") -> None:
         error, number = _error_of(state), state.attempt_number
         logger.log(
             logging.WARNING if number == 1 else logging.DEBUG,
@@ -335,7 +338,7 @@ class _Sequence(Generic[R]):
 def _error_of(state: "RetryCallState") -> CallError:
     error = state.outcome.exception() if state.outcome is not None else None
     if not isinstance(error, CallError):
-        raise TypeError("only a failed call is tried again")
+        raise TypeError("only a CallError is tried again")
     return error
 
 

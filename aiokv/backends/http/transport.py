@@ -1,4 +1,4 @@
-"""One HTTP request on a pooled session: an answer, or one of our own errors. Knows nothing of keys, tokens or retries."""
+"""One HTTP request on a pooled session: an answer, or an error of aiokv. It knows nothing of keys, tokens or retries."""
 
 import asyncio
 import io
@@ -7,7 +7,7 @@ import socket
 import ssl
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
@@ -34,7 +34,7 @@ _LEAST_ATTEMPT_SECONDS = 0.005
 
 
 class Answer(NamedTuple):
-    """What came back: the status, the headers, and the body as far as it was read."""
+    """An answer: the status, the headers, and the body as far as it was read."""
 
     status: int
     headers: Mapping[str, str]
@@ -45,7 +45,7 @@ class Timeouts:
     """How long an attempt may take; made once for many requests.
 
     Args:
-        policy: Says it.
+        policy: The retry policy that holds the limits.
     """
 
     __slots__ = ("attempt_seconds", "connect_seconds", "of_session")
@@ -54,6 +54,27 @@ class Timeouts:
         self.attempt_seconds = policy.attempt_timeout
         self.connect_seconds = policy.connect_timeout
         self.of_session = aiohttp.ClientTimeout(total=None, sock_connect=policy.connect_timeout)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """A connection pool that remembers which tasks failed to get a new connection, and so have sent nothing."""
+
+    def __init__(self, options: HttpOptions) -> None:
+        super().__init__(
+            limit=0,
+            keepalive_timeout=options.keepalive_seconds,
+            ttl_dns_cache=options.dns_cache_seconds,
+            ssl=_ssl_context(options.ca_file) if options.ca_file is not None else True,
+        )
+        self.unconnected: set[asyncio.Task[Any] | None] = set()
+
+    async def _create_connection(self, req: aiohttp.ClientRequest, traces: Any, timeout: Any) -> Any:  # noqa: ASYNC109
+        # The one method that every connector must have of its own, called for new connections only.
+        try:
+            return await super()._create_connection(req, traces, timeout)
+        except BaseException:
+            self.unconnected.add(asyncio.current_task())
+            raise
 
 
 class Transport:
@@ -68,34 +89,30 @@ class Transport:
 
     def __init__(self, options: HttpOptions) -> None:
         self._loop = asyncio.get_running_loop()
-        # In front of the pool, so that a wait for a connection can be told from a slow server.
+        # In front of the pool: so a wait for a connection and a slow server are different errors.
         self._slots = asyncio.Semaphore(options.pool_size)
-        # Those of requests under way: to close is to end them.
-        self._bounds: set[asyncio.Timeout] = set()
+        # The timeouts of the requests under way, which closing brings forward.
+        self._timeouts: set[asyncio.Timeout] = set()
+        self._connector = _Connector(options)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0,
-                keepalive_timeout=options.keepalive_seconds,
-                ttl_dns_cache=options.dns_cache_seconds,
-                ssl=_ssl_context(options.ca_file) if options.ca_file is not None else True,
-            ),
+            connector=self._connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"Accept": "application/json", "User-Agent": f"aiokv/{version('aiokv')}"},
         )
-        # aiohttp sends an idempotent request again by itself when a connection breaks: N attempts would be up to 2N sends.
+        # By itself aiohttp sends an idempotent request again when a connection breaks: N attempts would be up to 2N sends.
         # There is no public switch (aiohttp #9790); a test counts what is sent.
         if hasattr(self._session, "_retry_connection"):
             self._session._retry_connection = False  # noqa: SLF001
 
     def __del__(self) -> None:
-        # Let go without aclose, as when its loop is gone. An object whose constructor raised has no session.
+        # Dropped without aclose, as when its loop is gone. An object whose constructor raised has no session.
         session: aiohttp.ClientSession | None = getattr(self, "_session", None)
         if session is not None and not session.closed:
             self.abandon()
 
     @property
     def busy(self) -> bool:
-        """Whether a request would have to wait for its turn."""
+        """Whether a new request would have to wait for a connection."""
         return self._slots.locked()
 
     async def request(  # noqa: PLR0913, PLR0917 (what a request is)
@@ -111,11 +128,11 @@ class Transport:
 
         Args:
             method: The HTTP method.
-            url: Where to, percent-encoded; a redirect is not followed.
-            headers: Headers of this request.
-            body: Its body.
-            timeouts: How long it may take.
-            deadline: The event loop's time by which the answer must be there.
+            url: The address, percent-encoded; a redirect is not followed.
+            headers: The request's headers.
+            body: The request's body.
+            timeouts: The limits of one attempt.
+            deadline: The event loop's time by which the answer must have arrived.
 
         Returns:
             The answer, whatever its status; the body of an error is cut at 64 KiB.
@@ -123,9 +140,9 @@ class Transport:
         Raises:
             PoolTimeoutError: No connection came free before the deadline.
             ConnectError: No connection could be made.
-            CallTimeoutError: The attempt's time, or the deadline, passed.
+            CallTimeoutError: The attempt's time or the deadline passed.
             TransportError: The connection broke.
-            ResponseError: What came is not HTTP, or larger than any value can be.
+            ResponseError: The answer is not HTTP, or larger than any value can be.
             StoreClosedError: The session was closed meanwhile.
         """
         if self._slots.locked():
@@ -139,7 +156,7 @@ class Transport:
 
     async def _wait_for_slot(self, deadline: float) -> None:
         try:
-            # What is left after this would not bring a request anywhere, but would leave its outcome open.
+            # A request with less time than this would not get an answer, and its outcome would be unknown.
             async with asyncio.timeout_at(deadline - _LEAST_ATTEMPT_SECONDS):
                 await self._slots.acquire()
         except TimeoutError as error:
@@ -157,16 +174,16 @@ class Transport:
         timeouts: Timeouts,
         deadline: float,
     ) -> Answer:
-        # Anything but a GET may change something: once sent, a failure leaves its outcome open.
+        # Anything but a GET may change something: once it is sent, a failure leaves its outcome unknown.
         write = method != "GET"
         data = io.BytesIO(body) if body is not None and len(body) > _MAX_DIRECT_BODY_BYTES else body
         allowed_until = min(deadline, self._loop.time() + timeouts.attempt_seconds)
         cause: Exception | None
         response: aiohttp.ClientResponse | None = None
-        bound = asyncio.timeout_at(allowed_until)
-        self._bounds.add(bound)
+        timeout = asyncio.timeout_at(allowed_until)
+        self._timeouts.add(timeout)
         try:
-            async with bound:
+            async with timeout:
                 response = await self._session.request(
                     method, url, data=data, headers=headers, allow_redirects=False, timeout=timeouts.of_session
                 )
@@ -177,40 +194,43 @@ class Transport:
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
             # aiohttp's error for an answer holds the request's headers, and with them the token: it is not chained.
             cause = None if isinstance(error, aiohttp.ClientResponseError) else error
+            connected = asyncio.current_task() not in self._connector.unconnected
             if self._session.closed:
-                ours: CallError = StoreClosedError("the store was closed meanwhile", maybe_applied=write)
+                ours: CallError = StoreClosedError("the store was closed meanwhile", maybe_applied=write and connected)
             else:
-                ours = translated(error, timeouts, write=write)
+                ours = map_error(error, timeouts, write=write, connected=connected)
         except RuntimeError as error:
             if not self._session.closed:
                 raise
-            # Before there is an answer, aiohttp says so only where it has sent nothing.
+            # Before there is an answer, aiohttp raises this only where it has sent nothing.
             maybe_applied = write and response is not None
             cause, ours = error, StoreClosedError("the store is closed", maybe_applied=maybe_applied)
         finally:
-            self._bounds.discard(bound)
+            self._timeouts.discard(timeout)
+            if self._connector.unconnected:
+                self._connector.unconnected.discard(asyncio.current_task())
         raise ours from cause
 
     async def aclose(self) -> None:
-        """Close every connection, and end every request that is under way."""
+        """Close every connection and end every request that is under way."""
         await self._session.close()
-        # aiohttp leaves those alone that wait for the rest of a body.
-        for bound in self._bounds:
-            # One whose time has just come ends by itself, and refuses another.
-            if not bound.expired():
-                bound.reschedule(self._loop.time())
+        # aiohttp does not end requests that wait for the rest of a body.
+        for timeout in self._timeouts:
+            # An expired timeout cannot be rescheduled; its request is ending anyway.
+            if not timeout.expired():
+                timeout.reschedule(self._loop.time())
 
     def abandon(self) -> None:
-        """Let the session go without its event loop, which is closed or belongs to the process that forked this one."""
+        """Drop the session without its event loop, which is closed or belongs to the process that forked this one."""
         connector = self._session.connector
         self._session.detach()
         if connector is not None:
-            # Without the loop nothing can be said to the other side; this only settles the object's own state.
+            # Without the loop nothing can be sent; this only keeps the object from warning that it is open.
             connector._closed = True  # noqa: SLF001
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """Read the body; what was not read to its end is not used again."""
+    """Read the body; close a connection whose answer was not read to its end."""
     try:
         return await _read_bounded(response)
     except BaseException:
@@ -239,41 +259,42 @@ async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
     return body
 
 
-class _Meaning(NamedTuple):
-    """What one of aiohttp's exceptions says of a request."""
+class _Mapped(NamedTuple):
+    """What one of aiohttp's exceptions becomes."""
 
     kind: type[CallError]
-    words: str
+    message: str
     # Whether the other side may have seen the request.
     sent: bool
     transient: bool | None = None
 
 
-_NOT_CALLABLE = _Meaning(ConnectError, "aiohttp refuses the URL", sent=False, transient=False)
-_NOT_HTTP = _Meaning(ResponseError, "what came back is not an HTTP answer ({detail})", sent=True)
-_NO_ANSWER = _Meaning(CallTimeoutError, "no answer in time", sent=True)
-_BROKEN = _Meaning(TransportError, "the connection broke ({detail})", sent=True)
+_BAD_URL = _Mapped(ConnectError, "aiohttp refuses the URL", sent=False, transient=False)
+_NOT_HTTP = _Mapped(ResponseError, "the answer is not HTTP ({detail})", sent=True)
+_NO_ANSWER = _Mapped(CallTimeoutError, "no answer in time", sent=True)
+_NOT_IN_TIME = _Mapped(CallTimeoutError, "no connection before the call's time was over", sent=False)
+_BROKEN = _Mapped(TransportError, "the connection broke ({detail})", sent=True)
 
 # The most special first: the first one that an exception is an instance of counts.
-MEANINGS: dict[type[Exception], _Meaning] = {
-    aiohttp.ConnectionTimeoutError: _Meaning(ConnectError, "no connection within {connect_seconds:g} s", sent=False),
+ERROR_MAP: dict[type[Exception], _Mapped] = {
+    aiohttp.ConnectionTimeoutError: _Mapped(ConnectError, "no connection within {connect_seconds:g} s", sent=False),
     aiohttp.ServerTimeoutError: _NO_ANSWER,
     TimeoutError: _NO_ANSWER,
-    aiohttp.ClientConnectorCertificateError: _Meaning(
+    aiohttp.ClientConnectorCertificateError: _Mapped(
         ConnectError,
         "the server's certificate is not trusted ({detail}); name its authority with HttpOptions(ca_file=...) or SSL_CERT_FILE",
         sent=False,
         transient=False,
     ),
-    aiohttp.ClientConnectorDNSError: _Meaning(ConnectError, "the host name cannot be resolved ({detail})", sent=False),
-    aiohttp.ClientSSLError: _Meaning(ConnectError, "the TLS handshake failed ({detail})", sent=False),
-    aiohttp.ServerFingerprintMismatch: _Meaning(ConnectError, "the certificate is another one", sent=False, transient=False),
-    aiohttp.ClientConnectorError: _Meaning(ConnectError, "no connection ({detail})", sent=False),
+    aiohttp.ClientConnectorDNSError: _Mapped(ConnectError, "the host name cannot be resolved ({detail})", sent=False),
+    aiohttp.ClientSSLError: _Mapped(ConnectError, "the TLS handshake failed ({detail})", sent=False),
+    aiohttp.ServerFingerprintMismatch: _Mapped(ConnectError, "the certificate is another one", sent=False, transient=False),
+    aiohttp.ClientConnectorError: _Mapped(ConnectError, "no connection ({detail})", sent=False),
     aiohttp.ClientResponseError: _NOT_HTTP,
     HttpProcessingError: _NOT_HTTP,
-    aiohttp.InvalidURL: _NOT_CALLABLE,
-    aiohttp.NonHttpUrlClientError: _NOT_CALLABLE,
-    aiohttp.RedirectClientError: _NOT_CALLABLE,
+    aiohttp.InvalidURL: _BAD_URL,
+    aiohttp.NonHttpUrlClientError: _BAD_URL,
+    aiohttp.RedirectClientError: _BAD_URL,
     aiohttp.ClientPayloadError: _BROKEN,
     aiohttp.ClientConnectionError: _BROKEN,
     aiohttp.ClientError: _BROKEN,
@@ -281,29 +302,32 @@ MEANINGS: dict[type[Exception], _Meaning] = {
 }
 
 
-def translated(error: Exception, timeouts: Timeouts, *, write: bool) -> CallError:
-    """Give our own error for one of aiohttp's or the system's.
+def map_error(error: Exception, timeouts: Timeouts, *, write: bool, connected: bool = True) -> CallError:
+    """Return aiokv's error for one of aiohttp's or the system's.
 
     Args:
-        error: Theirs.
+        error: The other library's error.
         timeouts: Those of the request, for the message.
         write: Whether the request would have changed something.
+        connected: False where the request is known to have had no connection, so that nothing was sent.
 
     Returns:
-        Ours, which shows no header and no body; a write that was sent may have been applied.
+        The error, without headers and bodies; a write that was sent may have been applied.
     """
-    meaning = next(meaning for theirs, meaning in MEANINGS.items() if isinstance(error, theirs))
-    words = meaning.words.format(detail=_detail(error), connect_seconds=timeouts.connect_seconds)
-    return meaning.kind(words, maybe_applied=write and meaning.sent, transient=meaning.transient)
+    mapped = next(mapped for theirs, mapped in ERROR_MAP.items() if isinstance(error, theirs))
+    if mapped is _NO_ANSWER and not connected:
+        mapped = _NOT_IN_TIME
+    message = mapped.message.format(detail=_detail(error), connect_seconds=timeouts.connect_seconds)
+    return mapped.kind(message, maybe_applied=write and mapped.sent and connected, transient=mapped.transient)
 
 
 def _detail(error: Exception) -> str:
-    """Say what is behind an error, in the system's words where it has any."""
+    """Return the cause of an error, in the system's words where it has any."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return str(error.certificate_error)
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, socket.gaierror | ssl.SSLError):
-        # Their numbers are not the system's.
+        # Their numbers are not those of os.strerror.
         return cause.strerror or type(cause).__name__
     if isinstance(cause, OSError) and cause.errno:
         return os.strerror(cause.errno)

@@ -1,4 +1,4 @@
-"""Every exception that aiohttp can raise at a client has a meaning of ours; a release that adds one is noticed."""
+"""Every exception that aiohttp can raise at a client has a mapped of ours; a release that adds one is noticed."""
 
 import asyncio
 import importlib
@@ -15,7 +15,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from aiokv.backends.http.retry import RetryPolicy
-from aiokv.backends.http.transport import MEANINGS, Timeouts, translated
+from aiokv.backends.http.transport import ERROR_MAP, Timeouts, map_error
 from aiokv.errors import CallError, CallTimeoutError, ConnectError, ResponseError, TransportError
 
 # A server's, a multipart body's, and a WebSocket's: no client of this protocol meets them.
@@ -119,15 +119,15 @@ def made(kind: type[BaseException]) -> Any:
     return error
 
 
-def test_no_exception_of_aiohttp_is_without_a_meaning() -> None:
+def test_no_exception_of_aiohttp_is_without_a_mapped() -> None:
     assert set(CLASSES) - OF_OTHERS - INTERNAL == set(EXPECTED)
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 @pytest.mark.parametrize("write", [False, True])
-def test_exception_of_aiohttp_has_its_meaning(name: str, *, write: bool) -> None:
+def test_exception_of_aiohttp_has_its_mapped(name: str, *, write: bool) -> None:
     kind, sent = EXPECTED[name]
-    error = translated(made(CLASSES[name]), TIMEOUTS, write=write)
+    error = map_error(made(CLASSES[name]), TIMEOUTS, write=write)
     assert type(error) is kind
     assert error.maybe_applied is (write and sent)
     assert "hunter2" not in f"{error}{error!r}{error.__cause__!r}{error.__context__!r}"
@@ -135,16 +135,16 @@ def test_exception_of_aiohttp_has_its_meaning(name: str, *, write: bool) -> None
 
 @pytest.mark.parametrize("error", [TimeoutError(), asyncio.TimeoutError()])  # noqa: UP041 (they are one today)
 def test_time_that_ran_out_is_told_from_a_broken_connection(error: Exception) -> None:
-    assert type(translated(error, TIMEOUTS, write=True)) is CallTimeoutError
+    assert type(map_error(error, TIMEOUTS, write=True)) is CallTimeoutError
 
 
 @pytest.mark.parametrize("error", [OSError(104, "x"), ConnectionResetError(104, "x"), BrokenPipeError(32, "x"), ssl.SSLError()])
 def test_error_of_the_system_is_a_broken_connection(error: Exception) -> None:
-    assert type(translated(error, TIMEOUTS, write=True)) is TransportError
+    assert type(map_error(error, TIMEOUTS, write=True)) is TransportError
 
 
 def test_certificate_and_url_are_not_worth_another_try() -> None:
-    final = {kind for kind, meaning in MEANINGS.items() if meaning.transient is False}
+    final = {kind for kind, mapped in ERROR_MAP.items() if mapped.transient is False}
     assert final == {
         aiohttp.ClientConnectorCertificateError,
         aiohttp.ServerFingerprintMismatch,
@@ -155,6 +155,6 @@ def test_certificate_and_url_are_not_worth_another_try() -> None:
 
 
 def test_special_exceptions_stand_before_those_that_they_are_instances_of() -> None:
-    kinds = list(MEANINGS)
+    kinds = list(ERROR_MAP)
     for place, kind in enumerate(kinds):
         assert not any(issubclass(later, kind) for later in kinds[place + 1 :]), kind

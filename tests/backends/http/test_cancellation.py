@@ -9,10 +9,10 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from helpers import scripted_service
 
 from aiokv import AsyncKVStore, HedgePolicy, HttpOptions
 from aiokv.backends.http.backend import RemoteBackend
+from aiokv.testing import ScriptedService
 from aiokv.wire import TOKEN_PATH
 
 AT_ONCE = 100
@@ -65,6 +65,7 @@ def connections_in_use(backend: RemoteBackend) -> int:
 @pytest.mark.parametrize(
     ("hedge", "count"), [(None, 10_000), (HedgePolicy(quantile=0.5, max_extra=0.5), 3_000)], ids=["not hedged", "hedged"]
 )
+@pytest.mark.slow
 async def test_cancelled_calls_leave_nothing_behind_and_disturb_nobody(hedge: HedgePolicy | None, count: int) -> None:
     dice = random.Random(2)
     loop = asyncio.get_running_loop()
@@ -96,7 +97,8 @@ async def test_cancelled_calls_leave_nothing_behind_and_disturb_nobody(hedge: He
                     timer.cancel()
 
     service = Service()
-    async with scripted_service(service) as (url, recorded):
+    async with ScriptedService(handler=service) as recorded:
+        url = recorded.url
         options = HttpOptions(pool_size=POOL_SIZE)
         async with AsyncKVStore("db", url=url, credentials="id:secret", http=options, hedge=hedge or False) as store:
             before = asyncio.all_tasks()
@@ -107,7 +109,7 @@ async def test_cancelled_calls_leave_nothing_behind_and_disturb_nobody(hedge: He
             backend = remote_behind(store)
             async with asyncio.timeout(5):
                 while (
-                    backend._tokens is not None and backend._tokens._flight is not None and not backend._tokens._flight.done()
+                    backend._tokens is not None and backend._tokens._renewal is not None and not backend._tokens._renewal.done()
                 ):
                     await asyncio.sleep(0.005)
                 # What was cancelled last is still on its way out.
@@ -119,7 +121,7 @@ async def test_cancelled_calls_leave_nothing_behind_and_disturb_nobody(hedge: He
             assert cancelled >= count
             assert {task for task in asyncio.all_tasks() - before if "aiokv" in task.get_name()} == set()
             assert backend._transport._slots._value == POOL_SIZE
-            assert backend._writing == {}
+            assert backend._last_writes == {}
             recorded.requests.clear()
             assert await store.get_many([f"k{number}" for number in range(200)]) == {
                 f"k{number}": f"of k{number}" for number in range(200)

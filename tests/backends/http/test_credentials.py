@@ -14,13 +14,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from aiohttp import web
-from helpers import clean_environment, scripted_service
+from helpers import clean_environment
 from yarl import URL
 
 from aiokv import AsyncKVStore
-from aiokv.backends.http.auth import FalCredentials, KeyCredentials, Token, choose_credentials, find_fal_key, token_url
 from aiokv.backends.http.backend import RemoteBackend
+from aiokv.backends.http.credentials import FalCredentials, KeyCredentials, choose_credentials, find_fal_key, token_url
+from aiokv.backends.http.tokens import Token
 from aiokv.errors import ConfigurationError, CredentialsError
+from aiokv.testing import ScriptedService
 
 SECRET = "hunter2"
 
@@ -346,11 +348,11 @@ async def test_fal_key_reaches_no_other_server(monkeypatch: pytest.MonkeyPatch) 
     async def answer(_request: web.BaseRequest) -> web.Response:
         return web.json_response({"value": "v"})
 
-    async with scripted_service(answer) as (url, recorded), AsyncKVStore("db", url=url) as store:
+    async with ScriptedService(handler=answer) as recorded, AsyncKVStore("db", url=recorded.url) as store:
         assert await store.get("key") == "v"
     assert len(recorded.requests) == 1
-    assert SECRET not in str(recorded.requests)
-    assert "Authorization" not in recorded.requests[0][2]
+    assert SECRET not in str(recorded.requests[0].headers)
+    assert "Authorization" not in recorded.requests[0].headers
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from aiokv.testing import (
     Stall,
     StallAfter,
     Truncate,
-    without_waits,
+    disable_backoff,
 )
 
 VERBS = ["get", "set", "delete"]
@@ -103,7 +103,7 @@ async def call(store: AsyncKVStore, verb: str) -> str | None:
 
 async def failed(store: AsyncKVStore, verb: str) -> CallError:
     # Far past any policy here: a call that hangs is a failure, and not of the whole run.
-    with without_waits(), pytest.raises(CallError) as caught:
+    with disable_backoff(), pytest.raises(CallError) as caught:
         async with asyncio.timeout(15):
             await call(store, verb)
     return caught.value
@@ -159,7 +159,7 @@ async def test_fault_of_the_network_that_passes_is_not_noticed(name: str, verb: 
     async with behind_proxy([None, fault] if warm else [fault]) as (proxy, service, store):
         if warm:
             assert await store.get("key") == OLD
-        with without_waits():
+        with disable_backoff():
             assert await call(store, verb) == (OLD if verb == "get" else None)
         assert len(proxy.requests) == 2 + warm
         assert await service.backend.get("db", "key") == state_after(verb, applied=True)
@@ -182,7 +182,7 @@ async def test_fault_of_the_service_that_stays(name: str, verb: str) -> None:
 async def test_fault_of_the_service_that_passes_is_not_noticed(name: str, verb: str) -> None:
     async with ScriptedService(SERVICE[name][0]) as service, AsyncKVStore("db", url=service.url, retry=POLICY) as store:
         await service.backend.set("db", "key", OLD, 600)
-        with without_waits():
+        with disable_backoff():
             assert await call(store, verb) == (OLD if verb == "get" else None)
         assert len(service.requests) == 2
         assert await service.backend.get("db", "key") == state_after(verb, applied=True)

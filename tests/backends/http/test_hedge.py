@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from helpers import Recorded, no_wait, scripted_service
+from helpers import no_wait
 from yarl import URL
 
 from aiokv import AsyncKVStore, CallHedged, Event, HedgePolicy
@@ -17,6 +17,7 @@ from aiokv.backends.http.hedge import Hedger
 from aiokv.backends.http.options import HttpOptions
 from aiokv.backends.http.retry import RetryPolicy
 from aiokv.errors import CallTimeoutError, UnavailableError
+from aiokv.testing import ScriptedService
 from aiokv.wire import TOKEN_PATH
 
 # Late after 50 ms, and never short of budget.
@@ -68,10 +69,11 @@ async def broken_slowly(_request: web.BaseRequest) -> web.StreamResponse:
 @contextlib.asynccontextmanager
 async def hedged(
     policy: HedgePolicy = EAGER, retry: RetryPolicy | None = None, pool_size: int = 100
-) -> AsyncGenerator[tuple[Scripted, RemoteBackend, Recorded]]:
+) -> AsyncGenerator[tuple[Scripted, RemoteBackend, ScriptedService]]:
     """Run a service whose usual time is known already."""
     service = Scripted()
-    async with scripted_service(service) as (url, recorded):
+    async with ScriptedService(handler=service) as recorded:
+        url = recorded.url
         plain = RemoteBackend(URL(url), options=HttpOptions(pool_size=pool_size), sleep=no_wait)
         backend = plain.with_options(retry or RetryPolicy.none(), policy)
         for _ in range(20):
@@ -292,7 +294,7 @@ def test_hedge_of_another_type_is_refused(hedge: Any) -> None:
 
 async def test_store_hedges_where_it_was_asked_to_and_not_elsewhere() -> None:
     service = Scripted()
-    async with scripted_service(service) as (url, recorded), AsyncKVStore("db", url=url, hedge=EAGER) as store:
+    async with ScriptedService(handler=service) as recorded, AsyncKVStore("db", url=recorded.url, hedge=EAGER) as store:
         for _ in range(20):
             await store.get("warm")
         recorded.requests.clear()
@@ -317,7 +319,8 @@ async def test_read_that_waits_for_a_token_is_not_hedged() -> None:
         calls += 1
         return web.json_response({"value": "v"})
 
-    async with scripted_service(serve) as (url, recorded):
+    async with ScriptedService(handler=serve) as recorded:
+        url = recorded.url
         plain = RemoteBackend(URL(url), credentials="id:secret")
         backend = plain.with_options(RetryPolicy(), HedgePolicy(quantile=0.5, max_extra=1.0, min_wait=0.2))
         for _ in range(20):
@@ -331,7 +334,7 @@ async def test_read_that_waits_for_a_token_is_not_hedged() -> None:
         held.set()
         await asyncio.gather(*reads)
         await plain.aclose()
-    assert len([path for path in recorded.paths() if path != TOKEN_PATH]) == 10
+    assert len([path for path in recorded.paths if path != TOKEN_PATH]) == 10
 
 
 async def test_no_second_request_waits_for_a_connection() -> None:
@@ -339,8 +342,8 @@ async def test_no_second_request_waits_for_a_connection() -> None:
     service = Scripted()
     options = HttpOptions(pool_size=1)
     async with (
-        scripted_service(service) as (url, _),
-        AsyncKVStore("db", url=url, http=options, hedge=EAGER, observer=events.append) as store,
+        ScriptedService(handler=service) as scripted,
+        AsyncKVStore("db", url=scripted.url, http=options, hedge=EAGER, observer=events.append) as store,
     ):
         for _ in range(20):
             await store.get("warm")
@@ -351,7 +354,7 @@ async def test_no_second_request_waits_for_a_connection() -> None:
 
 async def test_views_of_one_backend_share_what_is_known_and_the_budget() -> None:
     service = Scripted()
-    async with scripted_service(service) as (url, recorded), AsyncKVStore("db", url=url, hedge=EAGER) as store:
+    async with ScriptedService(handler=service) as recorded, AsyncKVStore("db", url=recorded.url, hedge=EAGER) as store:
         for number in range(20):
             await store.with_options(timeout=5 + number).get("warm")
         recorded.requests.clear()

@@ -1,4 +1,4 @@
-"""What an outage makes of retries: they are paid for from one purse for each host, and it runs dry."""
+"""Retries in an outage: each host has one retry quota, which pays for them and runs out."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 from aiohttp import web
-from helpers import Recorded, no_wait, scripted_service
+from helpers import no_wait
 from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
@@ -16,6 +16,7 @@ from aiokv.backends.http.backend import RemoteBackend
 from aiokv.backends.http.options import HttpOptions
 from aiokv.backends.http.retry import QUOTA_TOKENS, RetryPolicy, RetryQuota, quota_of, reset_quotas
 from aiokv.errors import CallError, ThrottledError, UnavailableError
+from aiokv.testing import ScriptedService
 from aiokv.wire import TOKEN_PATH
 
 
@@ -31,9 +32,10 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def failing_service() -> AsyncGenerator[tuple[Service, str, Recorded]]:
+async def failing_service() -> AsyncGenerator[tuple[Service, str, ScriptedService]]:
     service = Service()
-    async with scripted_service(service) as (url, recorded):
+    async with ScriptedService(handler=service) as recorded:
+        url = recorded.url
         yield service, url, recorded
 
 
@@ -99,7 +101,8 @@ async def test_retry_that_succeeds_gets_its_cost_back() -> None:
         seen += 1
         return web.json_response({"value": "v"}, status=503 if seen % 2 else 200)
 
-    async with scripted_service(answer) as (url, _), backend_of(url) as backend:
+    async with ScriptedService(handler=answer) as scripted, backend_of(scripted.url) as backend:
+        url = scripted.url
         for _ in range(100):
             assert await backend.get("db", "k") == "v"
         assert quota_of(URL(url).authority).tokens == QUOTA_TOKENS
@@ -123,16 +126,17 @@ async def test_all_stores_of_a_host_share_its_quota_and_another_host_has_its_own
         assert len(other_recorded.requests) == 4
 
 
-async def test_exchange_of_credentials_pays_from_the_purse_of_its_own_host() -> None:
+async def test_exchange_of_credentials_is_paid_from_the_quota_of_its_own_host() -> None:
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({}, status=503 if request.raw_path == TOKEN_PATH else 200)
 
-    async with scripted_service(answer) as (url, recorded):
+    async with ScriptedService(handler=answer) as recorded:
+        url = recorded.url
         backend = RemoteBackend(URL(url), credentials="id:secret", sleep=no_wait)
         with pytest.raises(UnavailableError):
             await backend.get("db", "k")
         await backend.aclose()
-        assert recorded.paths() == [TOKEN_PATH] * 4
+        assert recorded.paths == [TOKEN_PATH] * 4
         assert quota_of(URL(url).authority).tokens == QUOTA_TOKENS - 3 * 14
 
 
@@ -183,7 +187,9 @@ async def test_exchange_that_succeeds_gives_to_the_quota_of_its_host() -> None:
         body = {"token": "t", "token_type": "Bearer", "expires_at": "2000-01-01T00:00:00Z"}
         return web.json_response(body, status=status)
 
-    async with scripted_service(give_token) as (token_url, _), scripted_service(Service()) as (url, _):
+    async with ScriptedService(handler=give_token) as token_scripted, ScriptedService(handler=Service()) as scripted:
+        token_url = token_scripted.url
+        url = scripted.url
         backend = RemoteBackend(URL(url), credentials="id:secret", sleep=no_wait)
         # As with fal's service, whose tokens come from another host.
         backend._token_url = URL(token_url)
@@ -204,7 +210,8 @@ async def test_retry_that_succeeds_gets_no_more_than_its_own_cost_back() -> None
     async def answer(_request: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({"value": "v"}, status=statuses.pop(0))
 
-    async with scripted_service(answer) as (url, _), backend_of(url) as backend:
+    async with ScriptedService(handler=answer) as scripted, backend_of(scripted.url) as backend:
+        url = scripted.url
         quota = quota_of(URL(url).authority)
         quota.pay(400)
         assert await backend.get("db", "k") == "v"
@@ -234,7 +241,9 @@ async def test_exchange_spends_nothing_of_the_service_where_the_hosts_differ() -
     async def refuse(_request: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({}, status=503)
 
-    async with scripted_service(refuse) as (token_url, _), scripted_service(refuse) as (url, _):
+    async with ScriptedService(handler=refuse) as token_scripted, ScriptedService(handler=refuse) as scripted:
+        token_url = token_scripted.url
+        url = scripted.url
         backend = RemoteBackend(URL(url), credentials="id:secret", sleep=no_wait)
         backend._token_url = URL(token_url)
         with pytest.raises(UnavailableError):

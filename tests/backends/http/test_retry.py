@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import aiohttp
 import pytest
 from aiohttp import web
-from helpers import Recorded, no_wait, scripted_service
+from helpers import no_wait
 from yarl import URL
 
 from aiokv.backends.http.backend import RemoteBackend
@@ -29,11 +30,13 @@ from aiokv.errors import (
     PoolTimeoutError,
     RejectedError,
     ResponseError,
+    StoreClosedError,
     ThrottledError,
     TransportError,
     UnavailableError,
     ValueTooLargeError,
 )
+from aiokv.testing import ScriptedService
 from aiokv.wire import MAX_ANSWER_BYTES, TOKEN_PATH
 
 VERBS = ["get", "set", "delete"]
@@ -73,14 +76,15 @@ async def service(
     policy: RetryPolicy | None = None,
     pool_size: int = 100,
     sleep: Callable[[float], Awaitable[None]] = no_wait,
-) -> AsyncGenerator[tuple[RemoteBackend, Recorded]]:
+) -> AsyncGenerator[tuple[RemoteBackend, ScriptedService]]:
     """Run a service that takes one step a request, the last one for ever, and a backend that speaks to it."""
     remaining = list(steps)
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         return await perform(remaining.pop(0) if len(remaining) > 1 else remaining[0], request)
 
-    async with scripted_service(answer) as (url, recorded):
+    async with ScriptedService(handler=answer) as recorded:
+        url = recorded.url
         backend = RemoteBackend(URL(url), policy=policy, options=HttpOptions(pool_size=pool_size), sleep=sleep)
         try:
             yield backend, recorded
@@ -170,8 +174,8 @@ async def test_passing_fault_is_not_noticed(verb: str, fault: Step) -> None:
     async with service(fault, OK, policy=RetryPolicy(attempt_timeout=0.2)) as (backend, recorded):
         assert await call(backend, verb) == ("v" if verb == "get" else None)
     assert len(recorded.requests) == 2
-    assert len(set(recorded.paths())) == 1
-    assert {body for *_, body in recorded.requests} == {VALUE.encode() if verb == "set" else b""}
+    assert len(set(recorded.paths)) == 1
+    assert {request.body for request in recorded.requests} == {VALUE.encode() if verb == "set" else b""}
 
 
 async def test_large_value_is_sent_again_whole() -> None:
@@ -197,7 +201,8 @@ async def test_large_value_is_sent_again_whole() -> None:
         *((status, RejectedError, 1, False) for status in (302, 400, 404, 405, 410, 422)),
         *((status, AuthenticationError, 1, False) for status in (401, 403)),
         (413, ValueTooLargeError, 1, False),
-        *((status, UnavailableError, 1, True) for status in (501, 505, 507)),
+        *((status, UnavailableError, 1, False) for status in (501, 505, 507)),
+        *((status, UnavailableError, 1, True) for status in (506, 508, 599)),
     ],
 )
 @pytest.mark.parametrize("verb", ["set", "delete"])
@@ -391,7 +396,8 @@ async def test_answer_that_is_not_http_is_not_retried_and_shows_no_token(name: s
         request.transport.write(NOT_HTTP[name])
         return await perform(HANG, request)
 
-    async with scripted_service(answer) as (url, _):
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
         backend = RemoteBackend(URL(url), credentials="id:hunter2", sleep=no_wait, policy=RetryPolicy(attempt_timeout=2))
         error = await failure(backend, "set")
         await backend.aclose()
@@ -410,7 +416,7 @@ async def test_error_bears_all_facts_and_survives_pickling(verb: str, header: st
         assert type(each) is UnavailableError
         assert (each.verb, each.db_name, each.key) == (verb, "db", "key")
         assert (each.status, each.attempts, each.retry_after, each.request_id) == (503, 4, 0.0, "r-1")
-        assert each.host == recorded.requests[0][2]["Host"]
+        assert each.host == recorded.requests[0].headers["Host"]
         assert each.elapsed is not None
         assert each.maybe_applied is (verb != "get")
         assert str(each) == str(error)
@@ -471,7 +477,8 @@ async def test_cancelled_calls_leak_no_connection() -> None:
         await asyncio.sleep(dice.uniform(0, 0.001))
         return web.json_response({"value": "v" * dice.choice([1, 300_000])})
 
-    async with scripted_service(answer) as (url, _):
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
         backend = RemoteBackend(URL(url), options=HttpOptions(pool_size=1), policy=RetryPolicy(total_timeout=5))
         tasks = [asyncio.create_task(backend.get("db", "key")) for _ in range(100)]
         for task in tasks:
@@ -499,7 +506,8 @@ async def test_answer_larger_than_any_value_is_refused_while_it_streams(verb: st
                 sent += 2**18
         return response
 
-    async with scripted_service(answer) as (url, _):
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
         backend = RemoteBackend(URL(url), sleep=no_wait)
         error = await failure(backend, verb)
         await backend.aclose()
@@ -539,7 +547,8 @@ async def test_concurrent_retries_do_not_mix_up_results() -> None:
         await asyncio.sleep(0.005)
         return web.json_response({"value": f"of {key}"}, status=503 if seen[key] == 1 else 200)
 
-    async with scripted_service(answer) as (url, _):
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
         backend = RemoteBackend(URL(url), sleep=no_wait)
         assert await asyncio.gather(*(backend.get("db", f"k{n}") for n in range(30))) == [f"of k{n}" for n in range(30)]
         await backend.aclose()
@@ -553,3 +562,58 @@ async def test_page_that_answers_a_write_in_the_services_place_is_no_success(ver
         error = await failure(backend, verb)
     assert isinstance(error, ResponseError)
     assert (error.maybe_applied, len(recorded.requests)) == (True, 1)
+
+
+async def test_full_disk_after_a_broken_connection_does_not_contradict_itself() -> None:
+    full = Step(507, b'{"error": "the store has no room left; nothing was stored"}')
+    async with service(DROP, full) as (backend, _):
+        error = await failure(backend, "set")
+    assert error.maybe_applied
+    assert "nothing was stored; an earlier attempt may have been applied" in str(error)
+    assert "the set may have been applied" in str(error)
+
+
+async def test_full_disk_says_that_nothing_was_applied() -> None:
+    async with service(Step(507, b'{"error": "the store has no room left; nothing was stored"}')) as (backend, _):
+        error = await failure(backend, "set")
+    assert (error.status, error.maybe_applied) == (507, False)
+    assert "the set was not applied" in str(error)
+
+
+@pytest.mark.parametrize("verb", ["set", "delete"])
+async def test_call_whose_time_is_over_before_it_has_a_connection_was_not_applied(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connect_for_ever(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", connect_for_ever)
+    backend = RemoteBackend(URL("http://127.0.0.1:1"), policy=RetryPolicy(attempts=1, total_timeout=0.05))
+    error = await failure(backend, verb)
+    assert type(error) is CallTimeoutError
+    assert not error.maybe_applied
+    assert "no connection before the call's time was over" in str(error)
+    assert not backend._transport._connector.unconnected
+    await backend.aclose()
+
+
+async def test_write_whose_store_closes_before_it_has_a_connection_was_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    connecting = asyncio.Event()
+
+    async def connect_for_ever(*_: object, **__: object) -> None:
+        connecting.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", connect_for_ever)
+    backend = RemoteBackend(URL("http://127.0.0.1:1"), policy=RetryPolicy.none())
+    call = asyncio.create_task(failure(backend, "set"))
+    await connecting.wait()
+    await backend.aclose()
+    error = await call
+    assert (type(error), error.maybe_applied) == (StoreClosedError, False)
+
+
+async def test_request_id_that_echoes_the_value_is_masked() -> None:
+    async with service(Step(400, b"{}", {"X-Request-Id": f"r-{VALUE}"})) as (backend, _):
+        error = await failure(backend, "set")
+    assert error.request_id == "r-***"

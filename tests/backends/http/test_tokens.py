@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from helpers import FakeClock, Recorded, no_wait, scripted_service
+from helpers import FakeClock, no_wait
 from yarl import URL
 
-from aiokv.backends.http.auth import parse_token
 from aiokv.backends.http.backend import RemoteBackend
 from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import RetryPolicy
+from aiokv.backends.http.tokens import parse_token
 from aiokv.backends.http.transport import Answer
 from aiokv.errors import (
     AuthenticationError,
@@ -30,6 +30,7 @@ from aiokv.errors import (
     TransportError,
     UnavailableError,
 )
+from aiokv.testing import ScriptedService
 from aiokv.wire import TOKEN_PATH
 
 KEY = "account:hunter2"
@@ -87,8 +88,9 @@ async def connected(
     policy: RetryPolicy | None = None,
     pool_size: int = 100,
     credentials: str | Credentials = KEY,
-) -> AsyncGenerator[tuple[RemoteBackend, Recorded]]:
-    async with scripted_service(service.answer) as (url, recorded):
+) -> AsyncGenerator[tuple[RemoteBackend, ScriptedService]]:
+    async with ScriptedService(handler=service.answer) as recorded:
+        url = recorded.url
         backend = RemoteBackend(
             URL(url),
             credentials=credentials,
@@ -110,8 +112,8 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def kv_sends(recorded: Recorded) -> int:
-    return sum(not path.startswith(TOKEN_PATH) for path in recorded.paths())
+def kv_sends(recorded: ScriptedService) -> int:
+    return sum(not path.startswith(TOKEN_PATH) for path in recorded.paths)
 
 
 def all_texts(error: BaseException) -> str:
@@ -134,11 +136,11 @@ async def test_concurrent_first_calls_make_one_exchange() -> None:
 async def test_key_goes_to_the_token_endpoint_and_the_token_to_the_rest() -> None:
     async with connected(TokenService()) as (backend, recorded):
         await backend.set("db", "key", "value", 60)
-    (method, path, headers, body), (_, _, call_headers, _) = recorded.requests
-    assert (method, path, body) == ("POST", TOKEN_PATH, b"{}")
-    assert headers["Authorization"] == f"Key {KEY}"
-    assert headers["Content-Type"] == "application/json"
-    assert call_headers["Authorization"] == "Bearer token-1"
+    exchange, call = recorded.requests
+    assert (exchange.method, exchange.path, exchange.body) == ("POST", TOKEN_PATH, b"{}")
+    assert exchange.headers["Authorization"] == f"Key {KEY}"
+    assert exchange.headers["Content-Type"] == "application/json"
+    assert call.headers["Authorization"] == "Bearer token-1"
 
 
 async def test_refused_token_is_renewed_once_and_the_call_succeeds() -> None:
@@ -195,7 +197,8 @@ async def test_call_refused_for_good_fails_without_a_loop(status: int, sends: in
             return token_answer(f"t0ken-{asked}")
         return web.json_response({"error": f"no: {request.headers['Authorization']}"}, status=status)
 
-    async with scripted_service(answer) as (url, recorded):
+    async with ScriptedService(handler=answer) as recorded:
+        url = recorded.url
         backend = RemoteBackend(URL(url), credentials=KEY, sleep=no_wait)
         with pytest.raises(AuthenticationError) as caught:
             await backend.set("db", "key", "value", 60)
@@ -219,9 +222,7 @@ async def test_background_renewal_blocks_no_call(clock: FakeClock) -> None:
             assert await backend.get("db", f"k{n}") == f"k{n}"
         await until(lambda: service.exchanges == 2)
         assert await backend.get("db", "still") == "still"
-        assert {headers["Authorization"] for _, path, headers, _ in recorded.requests if path != TOKEN_PATH} == {
-            "Bearer token-1"
-        }
+        assert {call.headers["Authorization"] for call in recorded.requests if not call.is_exchange} == {"Bearer token-1"}
         service.gate.set()
         await until(lambda: backend._tokens is not None and backend._tokens._header == "Bearer token-2")
         assert await backend.get("db", "after") == "after"
@@ -256,7 +257,7 @@ async def test_calls_fail_once_the_token_is_dead_and_recover_with_the_token_endp
         await backend.get("db", "first")
         clock.advance(3602)
         service.token_status = 503
-        with pytest.raises(UnavailableError, match="exchanging credentials"):
+        with pytest.raises(UnavailableError, match="the token exchange at 127"):
             await backend.get("db", "second")
         service.token_status = 200
         assert await backend.get("db", "third") == "third"
@@ -311,7 +312,7 @@ async def test_exchange_has_the_retries_of_a_call_and_no_more() -> None:
             await backend.get("db", "key")
         assert service.exchanges == 4
         service.token_status = 401
-        with pytest.raises(AuthenticationError, match="check the credentials"):
+        with pytest.raises(AuthenticationError, match="credentials were refused: check the argument credentials"):
             await backend.get("db", "key")
         assert service.exchanges == 5
 
@@ -432,12 +433,13 @@ async def test_answer_without_a_usable_token_is_told_and_not_shown(body: str) ->
     async def answer(_request: web.BaseRequest) -> web.Response:
         return web.Response(text=body, content_type="application/json")
 
-    async with scripted_service(answer) as (url, recorded):
+    async with ScriptedService(handler=answer) as recorded:
+        url = recorded.url
         backend = RemoteBackend(URL(url), credentials=KEY, sleep=no_wait)
         with pytest.raises(ResponseError, match="no usable token") as caught:
             await backend.get("db", "key")
         await backend.aclose()
-    assert recorded.paths() == [TOKEN_PATH]
+    assert recorded.paths == [TOKEN_PATH]
     assert "s3cret" not in all_texts(caught.value)
 
 
@@ -473,7 +475,8 @@ async def test_odd_date_header_of_the_token_endpoint_does_not_break_calls(date: 
     async def answer(request: web.BaseRequest) -> web.Response:
         return token_answer("t", date=date) if request.path == TOKEN_PATH else web.json_response({"value": "v"})
 
-    async with scripted_service(answer) as (url, _):
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
         backend = RemoteBackend(URL(url), credentials=KEY)
         assert await backend.get("db", "key") == "v"
         await backend.aclose()
@@ -485,14 +488,16 @@ async def test_redirect_is_not_followed_and_the_other_host_receives_nothing(stat
     async def elsewhere(_request: web.BaseRequest) -> web.Response:
         return web.json_response({"value": "stolen"})
 
-    async with scripted_service(elsewhere) as (other_url, other):
+    async with ScriptedService(handler=elsewhere) as other:
+        other_url = other.url
 
         async def answer(request: web.BaseRequest) -> web.Response:
             if request.path == TOKEN_PATH and redirected != "token":
                 return token_answer("t")
             return web.json_response({}, status=status, headers={"Location": f"{other_url}{request.raw_path}"})
 
-        async with scripted_service(answer) as (url, recorded):
+        async with ScriptedService(handler=answer) as recorded:
+            url = recorded.url
             backend = RemoteBackend(URL(url), credentials=KEY, sleep=no_wait)
             call = backend.set("db", "key", "value", 60) if redirected == "set" else backend.get("db", "key")
             with pytest.raises(RejectedError, match="redirects are not followed") as caught:
@@ -520,7 +525,8 @@ async def test_call_that_joins_an_old_exchange_has_its_own_time() -> None:
             return web.json_response({"token": "t", "token_type": "Bearer", "base_url": "", "expires_at": expires_at})
         return web.json_response({"value": "v"})
 
-    async with scripted_service(answer) as (url, _):
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
         backend = RemoteBackend(URL(url), credentials=SlowOnce(), policy=RetryPolicy(total_timeout=0.3))
         first = asyncio.create_task(backend.get("db", "first"))
         await asyncio.sleep(0.25)
@@ -550,10 +556,86 @@ async def test_credentials_that_are_gone_at_the_second_attempt_do_not_hide_what_
         calls += 1
         return web.json_response({}, status=503 if calls == 1 else 401)
 
-    async with scripted_service(answer) as (url, _):
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
         backend = RemoteBackend(URL(url), credentials=Gone(), sleep=no_wait)
         with pytest.raises(UnavailableError, match="the vault is locked") as caught:
             await backend.set("db", "k", "v", 60)
         await backend.aclose()
     assert caught.value.maybe_applied
     assert isinstance(caught.value.__cause__, CredentialsError)
+
+
+async def refusing(request: web.BaseRequest) -> web.StreamResponse:
+    if request.path == TOKEN_PATH:
+        return token_answer("t0ken")
+    return web.json_response({"error": "no access"}, status=403 if request.path.endswith("forbidden") else 401)
+
+
+@pytest.mark.parametrize("key", ["unauthorized", "forbidden"])
+async def test_refused_call_says_that_the_exchange_went_well_and_whose_credentials_they_were(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIOKV_KEY", KEY)
+    async with ScriptedService(handler=refusing) as scripted:
+        url = scripted.url
+        backend = RemoteBackend(URL(url), sleep=no_wait)
+        with pytest.raises(AuthenticationError) as caught:
+            await backend.get("db", key)
+        await backend.aclose()
+    assert "no access; the credentials (AIOKV_KEY) were exchanged for a token, and the service refused the call" in str(
+        caught.value
+    )
+    assert "hunter2" not in all_texts(caught.value)
+
+
+@pytest.mark.parametrize("source", ["AIOKV_KEY", "the argument credentials", "an object of type Vault"])
+async def test_refused_exchange_says_so_and_names_the_source(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Vault:
+        async def authorization(self) -> str:
+            return f"Key {KEY}"
+
+    async def answer(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({"error": "unknown key"}, status=401)
+
+    monkeypatch.setenv("AIOKV_KEY", KEY)
+    given = {"AIOKV_KEY": None, "the argument credentials": KEY, "an object of type Vault": Vault()}[source]
+    async with ScriptedService(handler=answer) as recorded:
+        url = recorded.url
+        backend = RemoteBackend(URL(url), credentials=given, sleep=no_wait)  # type: ignore[arg-type]
+        with pytest.raises(AuthenticationError) as caught:
+            await backend.get("db", "key")
+        await backend.aclose()
+    host = url.removeprefix("http://")
+    expected = f"the token exchange at {host} failed: unknown key; the credentials were refused: check {source}"
+    assert caught.value.reason == expected
+    assert recorded.paths == [TOKEN_PATH]
+
+
+async def test_call_that_is_refused_without_credentials_says_how_to_pass_some() -> None:
+    async with ScriptedService(handler=refusing) as scripted:
+        url = scripted.url
+        backend = RemoteBackend(URL(url), sleep=no_wait)
+        with pytest.raises(AuthenticationError, match="no credentials were sent: pass credentials="):
+            await backend.get("db", "key")
+        await backend.aclose()
+
+
+async def test_exchange_that_does_not_end_is_named_as_such() -> None:
+    service = TokenService()
+    service.gate.clear()
+    async with connected(service, policy=RetryPolicy(total_timeout=0.1)) as (backend, _):
+        with pytest.raises(CallTimeoutError, match="the token exchange at 127"):
+            await backend.get("db", "key")
+
+
+async def test_short_secret_is_not_masked_in_what_the_service_says() -> None:
+    async def answer(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({"error": "a key was not found"}, status=400)
+
+    async with ScriptedService(handler=answer) as scripted:
+        url = scripted.url
+        backend = RemoteBackend(URL(url), credentials="a:a", sleep=no_wait)
+        with pytest.raises(RejectedError, match="a key was not found"):
+            await backend.get("db", "key")
+        await backend.aclose()

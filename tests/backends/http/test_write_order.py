@@ -6,13 +6,14 @@ from collections.abc import AsyncGenerator
 
 import pytest
 from aiohttp import web
-from helpers import Recorded, no_wait, scripted_service
+from helpers import no_wait
 from yarl import URL
 
 from aiokv import AsyncKVStore
 from aiokv.backends.http.backend import RemoteBackend
 from aiokv.backends.http.retry import RetryPolicy
 from aiokv.errors import CallTimeoutError, UnavailableError
+from aiokv.testing import ScriptedService
 
 
 class SlowService:
@@ -33,9 +34,10 @@ class SlowService:
 
 
 @contextlib.asynccontextmanager
-async def slow_service(policy: RetryPolicy | None = None) -> AsyncGenerator[tuple[SlowService, RemoteBackend, Recorded]]:
+async def slow_service(policy: RetryPolicy | None = None) -> AsyncGenerator[tuple[SlowService, RemoteBackend, ScriptedService]]:
     service = SlowService()
-    async with scripted_service(service) as (url, recorded):
+    async with ScriptedService(handler=service) as recorded:
+        url = recorded.url
         backend = RemoteBackend(URL(url), policy=policy, sleep=no_wait)
         try:
             yield service, backend, recorded
@@ -63,7 +65,7 @@ async def test_second_write_of_a_key_is_sent_once_the_first_is_through() -> None
             service.gates[-1].set()
         await asyncio.gather(*writes)
         assert service.stored == ["first", "second", "deleted"]
-        assert not backend._writing
+        assert not backend._last_writes
 
 
 async def test_writes_of_other_keys_and_namespaces_do_not_wait() -> None:
@@ -111,7 +113,7 @@ async def test_cancelled_wait_lets_nobody_overtake_the_write_that_is_under_way()
             service.gates[-1].set()
         await asyncio.gather(first, third, fourth)
         assert service.stored == ["first", "third", "fourth"]
-        assert not backend._writing
+        assert not backend._last_writes
 
 
 async def test_write_that_waits_past_its_time_says_that_nothing_was_sent() -> None:
@@ -132,9 +134,9 @@ async def test_write_that_waits_past_its_time_says_that_nothing_was_sent() -> No
 async def test_stores_of_one_configuration_keep_one_order() -> None:
     service = SlowService()
     async with (
-        scripted_service(service) as (url, _),
-        AsyncKVStore("db", url=url) as one,
-        AsyncKVStore("db", url=url, retry=RetryPolicy(attempts=2)) as two,
+        ScriptedService(handler=service) as scripted,
+        AsyncKVStore("db", url=scripted.url) as one,
+        AsyncKVStore("db", url=scripted.url, retry=RetryPolicy(attempts=2)) as two,
     ):
         first = asyncio.create_task(one.set("k", "first"))
         await settle(service, 1)
@@ -155,7 +157,8 @@ async def test_writes_that_give_up_in_their_order_leave_no_entry_behind() -> Non
         await gate.wait()
         return web.json_response({"status": "ok"})
 
-    async with scripted_service(hold) as (url, recorded):
+    async with ScriptedService(handler=hold) as recorded:
+        url = recorded.url
         backend = RemoteBackend(URL(url))
         first, second, third = (asyncio.create_task(backend.set("db", "k", text, 60)) for text in "abc")
         while not recorded.requests:
@@ -167,7 +170,7 @@ async def test_writes_that_give_up_in_their_order_leave_no_entry_behind() -> Non
         await first
         await asyncio.sleep(0.01)
         await backend.aclose()
-    assert backend._writing == {}
+    assert backend._last_writes == {}
 
 
 async def test_newcomer_waits_though_the_last_waiter_gave_up() -> None:

@@ -1,0 +1,43 @@
+"""Many calls at once: bounded concurrency, and an error that tells which of them succeeded."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from aiokv.errors import AioKVError, BatchError
+
+T = TypeVar("T")
+
+
+async def call_each(keys: list[str], call: Callable[[str], Awaitable[T]], concurrency: int) -> dict[str, T]:
+    """Make one call for each key; start no further one after a failure.
+
+    Args:
+        keys: Different keys.
+        call: Make the call for one key.
+        concurrency: How many calls are under way at once, 1 or more.
+
+    Returns:
+        Each key with its result, in the order of the keys.
+
+    Raises:
+        BatchError: A call failed; it holds the results of the calls that succeeded.
+    """
+    remaining = iter(keys)
+    results: dict[str, T] = {}
+    errors: dict[str, Exception] = {}
+
+    async def work() -> None:
+        while not errors and (key := next(remaining, None)) is not None:
+            try:
+                results[key] = await call(key)
+            except AioKVError as error:
+                errors[key] = error
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(concurrency, len(keys))):
+            group.create_task(work())
+    if errors:
+        texts = {key: value if isinstance(value, str) else None for key, value in results.items()}
+        raise BatchError(errors, texts, list(remaining))
+    return {key: results[key] for key in keys}

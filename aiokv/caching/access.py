@@ -1,0 +1,491 @@
+"""One store as one event loop sees it: is it well, how long to wait for it, in which order writes land, who computes.
+
+All cached functions of a loop that use one target share a `StoreAccess`. What belongs to a function is not here.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import threading
+import weakref
+from asyncio import AbstractEventLoop, get_running_loop
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from aiokv import clock
+from aiokv.caching.breaker import Breaker, Verb, is_cancelled
+from aiokv.caching.deadlines import Alarm, SharedDeadline
+from aiokv.errors import BatchError, ValueTooLargeError
+from aiokv.limits import MIN_TTL_SECONDS
+from aiokv.store import AsyncKVStore
+from aiokv.target import Target
+
+_PROBE_KEY = "aiokv-probe"
+_CLAIM_SUFFIX = ":refreshing"
+_MIN_LEASE_SECONDS = 1.0
+_MAX_LEASE_SECONDS = 15.0
+
+
+class SkippedError(Exception):
+    """The store was not asked, since it has failed too often.
+
+    Args:
+        error: What it failed with last.
+    """
+
+    def __init__(self, error: BaseException | None) -> None:
+        super().__init__()
+        self.error = error
+
+
+class Write:
+    """A set or a delete that has not landed yet.
+
+    Args:
+        key: The key.
+        text: What is set; None for a delete.
+        ttl_seconds: For how long, whole seconds.
+        generation: When it was decided on: of two writes the later one is to stay.
+        begin: Returns whether it may be written, and keeps older writes from that.
+        may_stay: Returns whether nothing newer has begun.
+        is_decisive: Whether it waits for what other loops of the process are still setting, so that nothing older stays.
+        distrust: Called where older entries than this write may be in the store, or soon will be: it was decisive and gave way
+            to a later one that is still under way, or it landed too late and cannot be deleted again.
+    """
+
+    __slots__ = (
+        "_landed",
+        "begin",
+        "distrust",
+        "generation",
+        "is_decisive",
+        "is_done",
+        "key",
+        "may_stay",
+        "previous",
+        "text",
+        "ttl_seconds",
+    )
+
+    def __init__(  # noqa: PLR0913, PLR0917 (what is written, and in which order)
+        self,
+        key: str,
+        text: str | None,
+        ttl_seconds: int,
+        generation: int,
+        begin: Callable[[], bool],
+        may_stay: Callable[[], bool],
+        is_decisive: bool,  # noqa: FBT001
+        distrust: Callable[[], None],
+    ) -> None:
+        self.key = key
+        self.text = text
+        self.ttl_seconds = ttl_seconds
+        self.generation = generation
+        self.begin = begin
+        self.may_stay = may_stay
+        self.is_decisive = is_decisive
+        self.distrust = distrust
+        self.previous: Write | None = None
+        self.is_done = False
+        self._landed: asyncio.Future[None] | None = None
+
+    def landed(self) -> "asyncio.Future[None]":
+        """Return a future of the write's own loop that is done once it has landed or failed; not to be cancelled."""
+        if self._landed is None:
+            self._landed = get_running_loop().create_future()
+            if self.is_done:
+                self._landed.set_result(None)
+        return self._landed
+
+    def end(self) -> None:
+        """Let those that wait go on."""
+        self.is_done = True
+        self.previous = None
+        if self._landed is not None and not self._landed.done():
+            self._landed.set_result(None)
+
+
+class StoreAccess:
+    """The ways of one event loop to the store of one target.
+
+    Args:
+        target: Which values.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.loop = get_running_loop()
+        self.breaker = Breaker(self._probe)
+        # The last write of each key. A read is answered by it, so that nobody waits behind a write that hangs.
+        self.pending: dict[str, Write] = {}
+        self.users: weakref.WeakSet[object] = weakref.WeakSet()
+        self._deadlines: dict[float, SharedDeadline] = {}
+        self._last_failed: AsyncKVStore | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether to forget this access would lose nothing."""
+        return not self.pending and self.breaker.is_idle
+
+    def deadline(self, wait_seconds: float) -> SharedDeadline:
+        """Return the shared deadline of all waits of one length in seconds."""
+        deadline = self._deadlines.get(wait_seconds)
+        if deadline is None:
+            deadline = self._deadlines[wait_seconds] = SharedDeadline(wait_seconds)
+        return deadline
+
+    async def read(
+        self, store: AsyncKVStore, keys: Sequence[str], wait_seconds: float
+    ) -> tuple[Mapping[str, str | None], BaseException | None]:
+        """Read several entries, in a time that all share.
+
+        Args:
+            store: The caller's own store of this target.
+            keys: Their keys.
+            wait_seconds: Seconds to wait at most.
+
+        Returns:
+            What was read, and what the store failed with: a `SkippedError` where it was not asked. After a failure some keys
+            may be missing.
+        """
+        reads = self.breaker.reads
+        if reads.open_for_seconds and reads.is_open(wait_seconds):
+            return {}, SkippedError(reads.error)
+        texts: dict[str, str | None] = self._pending_texts(keys) if self.pending else {}
+        if texts:
+            keys = [key for key in keys if key not in texts]
+            if not keys:
+                return texts, None
+        deadline = self._deadlines.get(wait_seconds) or self.deadline(wait_seconds)
+        task = deadline.begin()
+        is_late = False
+        try:
+            try:
+                if len(keys) == 1:
+                    texts[keys[0]] = await store.get(keys[0])
+                else:
+                    texts.update(await store.get_many(keys))
+            finally:
+                is_late = deadline.end(task)
+        except BatchError as batch:
+            texts.update(batch.results)
+            failure: BaseException = next(iter(batch.errors.values()))
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_late and is_cancelled(error):
+                raise
+            failure = TimeoutError() if is_late else error
+        else:
+            if reads.run:
+                reads.succeeded()
+            return texts, None
+        self._failed("read", store, failure, wait_seconds)
+        return texts, failure
+
+    async def write(
+        self, store: AsyncKVStore, writes: Sequence[Write], wait_seconds: float, on_late: Callable[[], None] | None = None
+    ) -> tuple[dict[str, BaseException], set[str]]:
+        """Apply sets or deletes, each after the earlier ones of its key, and take back what must not stay.
+
+        Args:
+            store: The caller's own store of this target.
+            writes: All sets, or all deletes.
+            wait_seconds: Seconds after which the store counts as failing. The writes go on.
+            on_late: Called at that moment.
+
+        Returns:
+            What each key that is not known to be written failed with, and the keys at which another loop of the process is
+            still setting something older, which is deleted once it has landed.
+        """
+        earlier = self._enqueue(writes)
+        is_late = False
+
+        def late() -> None:
+            nonlocal is_late
+            is_late = True
+            self._failed("write", store, TimeoutError(), wait_seconds)
+            if on_late is not None:
+                on_late()
+
+        alarm = Alarm(self.deadline(wait_seconds), late)
+        errors: dict[str, BaseException]
+        try:
+            if earlier:
+                await asyncio.wait(earlier)
+            errors, overtaken = await self._land(store, writes, wait_seconds)
+        except (Exception, asyncio.CancelledError) as error:
+            if is_cancelled(error):
+                raise
+            errors, overtaken = {}, set()
+            errors.update(dict.fromkeys([write.key for write in writes], error))
+        finally:
+            alarm.stop()
+            self._dequeue(writes)
+        failed = [error for error in errors.values() if not isinstance(error, ValueTooLargeError)]
+        if failed:
+            self._failed("write", store, failed[0], wait_seconds)
+        elif not is_late:
+            self.breaker.writes.succeeded()
+        return errors, overtaken
+
+    async def claim(self, store: AsyncKVStore, compute_seconds: Mapping[str, float], wait_seconds: float) -> "Claim":
+        """Tell other processes that this one computes, unless another has said so before.
+
+        This is a hint that nobody waits for: without an atomic operation two may go ahead, which costs one computation.
+
+        Args:
+            store: The caller's own store of this target.
+            compute_seconds: How long the last computation of each key took.
+            wait_seconds: Seconds to wait for the store at most; where it fails, every key is claimed.
+
+        Returns:
+            The claim, which holds the keys that are this process's to compute.
+        """
+        owner = f"{random.getrandbits(64):x}"
+        leases = {
+            key: min(max(_MIN_LEASE_SECONDS, 2 * seconds), _MAX_LEASE_SECONDS) for key, seconds in compute_seconds.items()
+        }
+        claim = Claim(store, owner, leases)
+        try:
+            async with asyncio.timeout(wait_seconds):
+                await claim.acquire()
+        except Exception:  # noqa: BLE001 (whatever it is, the store is no help)
+            claim.leases = leases
+        return claim
+
+    def _pending_texts(self, keys: Sequence[str]) -> dict[str, str | None]:
+        writes = [write for key in keys if (write := self.pending.get(key)) is not None]
+        return {write.key: write.text if write.may_stay() else None for write in writes}
+
+    def _failed(self, verb: Verb, store: AsyncKVStore, error: BaseException, wait_seconds: float) -> None:
+        self._last_failed = store
+        self.breaker.failed(verb, error, wait_seconds)
+
+    async def _probe(self, verb: Verb) -> None:
+        store = self._last_failed
+        if store is not None and verb == "read":
+            await store.get(_PROBE_KEY)
+        elif store is not None:
+            await store.set(_PROBE_KEY, "", MIN_TTL_SECONDS)
+
+    def _enqueue(self, writes: Iterable[Write]) -> "list[asyncio.Future[None]]":
+        earlier = []
+        for write in writes:
+            previous = self.pending.get(write.key)
+            if previous is not None:
+                write.previous = previous
+                earlier.append(previous.landed())
+            self.pending[write.key] = write
+        return earlier
+
+    def _dequeue(self, writes: Iterable[Write]) -> None:
+        for write in writes:
+            write.end()
+            if self.pending.get(write.key) is write:
+                del self.pending[write.key]
+
+    async def _land(
+        self, store: AsyncKVStore, writes: Sequence[Write], wait_seconds: float
+    ) -> tuple[dict[str, BaseException], set[str]]:
+        """Apply what is still to be applied, and take back what must not stay."""
+        applied = [write for write in writes if write.begin()]
+        overtaken: set[str] = set()
+        try:
+            if len(_loops) > 1:
+                overtaken = await self._wait_for_other_loops(applied, wait_seconds)
+                applied = [write for write in applied if write.may_stay()]
+            errors = await self._apply(store, applied)
+            # A set may have landed after what superseded it.
+            superseded = [write for write in applied if write.text is not None and not write.may_stay()]
+            if superseded:
+                await _delete(store, [write.key for write in superseded])
+                applied = []
+        finally:
+            for write in writes:
+                if not write.may_stay() and (write.is_decisive or write in applied):
+                    write.distrust()
+        return errors, overtaken
+
+    async def _wait_for_other_loops(self, writes: Iterable[Write], wait_seconds: float) -> set[str]:
+        """Wait for older sets of other loops; return the keys of those that take too long."""
+        older = {write.key: self._unfinished_elsewhere(write) for write in writes if write.is_decisive}
+        futures = [future for of_key in older.values() for future in of_key]
+        late = (await asyncio.wait(futures, timeout=wait_seconds))[1] if futures else set()
+        return {key for key, of_key in older.items() if not late.isdisjoint(of_key)}
+
+    def _unfinished_elsewhere(self, newer: Write) -> "list[asyncio.Future[None]]":
+        futures = []
+        for loop in list(_loops):
+            other = _accesses.get((loop, self.target))
+            if other is None or other is self or loop.is_closed():
+                continue
+            write = other.pending.get(newer.key)
+            while write is not None:
+                # Not deletes, which do no harm.
+                if write.text is not None and write.generation < newer.generation and not write.is_done:
+                    futures.append(_landing_elsewhere(loop, write))
+                write = write.previous
+        return futures
+
+    async def _apply(self, store: AsyncKVStore, writes: Sequence[Write]) -> dict[str, BaseException]:
+        if not writes:
+            return {}
+        try:
+            if writes[0].text is None:
+                await _delete(store, [write.key for write in writes])
+            elif len(writes) == 1:
+                await store.set(writes[0].key, writes[0].text, writes[0].ttl_seconds)
+            else:
+                return await _set_many(store, writes)
+        except BatchError as batch:
+            return _errors_of(batch)
+        except Exception as error:  # noqa: BLE001 (returned)
+            return dict.fromkeys([write.key for write in writes], error)
+        return {}
+
+
+class Claim:
+    """What one process has said that it computes; as a context manager it says so again until the computation is done.
+
+    Args:
+        store: Where it says so.
+        owner: A name that no other claim has.
+        leases: Each key, and for how many seconds a claim counts that is not renewed.
+    """
+
+    def __init__(self, store: AsyncKVStore, owner: str, leases: Mapping[str, float]) -> None:
+        self.leases = leases
+        self._store = store
+        self._owner = owner
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def acquire(self) -> None:
+        """Keep the keys that nobody else has claimed."""
+        held = await _get(self._store, [key + _CLAIM_SUFFIX for key in self.leases])
+        free = {key: lease for key, lease in self.leases.items() if not _is_live(held[key + _CLAIM_SUFFIX])}
+        if free:
+            self.leases = free
+            await self._write()
+            # Of several that came at once, the last to write goes ahead.
+            held = await _get(self._store, [key + _CLAIM_SUFFIX for key in free])
+        self.leases = {
+            key: lease for key, lease in free.items() if (held[key + _CLAIM_SUFFIX] or self._owner).startswith(self._owner)
+        }
+
+    async def __aenter__(self) -> None:
+        if self.leases:
+            self._renewing = asyncio.create_task(self._renew(), name="aiokv claim")
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait([self._renewing])
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(min(self.leases.values()) / 3)
+            with contextlib.suppress(Exception):
+                await self._write()
+
+    async def _write(self) -> None:
+        now = clock.now()
+        texts = {key + _CLAIM_SUFFIX: f"{self._owner} {now} {lease}" for key, lease in self.leases.items()}
+        if len(texts) == 1:
+            ((name, text),) = texts.items()
+            await self._store.set(name, text, MIN_TTL_SECONDS)
+        else:
+            await self._store.set_many(texts, MIN_TTL_SECONDS)
+
+
+def _is_live(text: str | None) -> bool:
+    if text is None:
+        return False
+    try:
+        _, renewed_at, lease = text.split(" ")
+        return 0 <= float(lease) <= _MAX_LEASE_SECONDS and clock.now() - float(renewed_at) < float(lease)
+    except ValueError:
+        return False
+
+
+async def _get(store: AsyncKVStore, keys: Sequence[str]) -> Mapping[str, str | None]:
+    return {keys[0]: await store.get(keys[0])} if len(keys) == 1 else await store.get_many(keys)
+
+
+async def _delete(store: AsyncKVStore, keys: Sequence[str]) -> None:
+    await (store.delete(keys[0]) if len(keys) == 1 else store.delete_many(keys))
+
+
+async def _set_many(store: AsyncKVStore, writes: Iterable[Write]) -> dict[str, BaseException]:
+    errors: dict[str, BaseException] = {}
+    by_ttl: dict[int, dict[str, str]] = {}
+    for write in writes:
+        by_ttl.setdefault(write.ttl_seconds, {})[write.key] = write.text or ""
+    for ttl_seconds, texts in by_ttl.items():
+        try:
+            await store.set_many(texts, ttl_seconds)
+        except BatchError as batch:
+            errors |= _errors_of(batch)
+    return errors
+
+
+def _errors_of(batch: BatchError) -> dict[str, BaseException]:
+    first = next(iter(batch.errors.values()))
+    return {**dict.fromkeys(batch.not_attempted, first), **batch.errors}
+
+
+def _landing_elsewhere(loop: AbstractEventLoop, write: Write) -> "asyncio.Future[None]":
+    here = get_running_loop()
+    landed: asyncio.Future[None] = here.create_future()
+
+    def end() -> None:
+        if not landed.done():
+            landed.set_result(None)
+
+    def pass_on(_: object) -> None:
+        # The loop that waits may have ended.
+        with contextlib.suppress(RuntimeError):
+            here.call_soon_threadsafe(end)
+
+    try:
+        loop.call_soon_threadsafe(lambda: write.landed().add_done_callback(pass_on))
+    except RuntimeError:
+        # Its loop has ended, and with it the write.
+        end()
+    return landed
+
+
+_accesses: "weakref.WeakValueDictionary[tuple[AbstractEventLoop, Target], StoreAccess]" = weakref.WeakValueDictionary()
+# Loops that have asked for an access, until they are closed.
+_loops: dict[AbstractEventLoop, None] = {}
+_lock = threading.Lock()
+_of_parent: list[object] = []
+
+
+def access_of(target: Target) -> StoreAccess:
+    """Return the running loop's access to a target; it lives as long as somebody holds it.
+
+    Args:
+        target: Which values.
+    """
+    loop = get_running_loop()
+    with _lock:
+        access = _accesses.get((loop, target))
+        if access is None:
+            for closed in [one for one in _loops if one.is_closed()]:
+                del _loops[closed]
+            _loops[loop] = None
+            access = _accesses[loop, target] = StoreAccess(target)
+        return access
+
+
+def _after_fork_in_child() -> None:
+    global _lock  # noqa: PLW0603 (a thread that held it does not exist in the child)
+    _lock = threading.Lock()
+    # The loops are the parent's. Held, since a task that is dropped complains.
+    _of_parent.append(list(_accesses.values()))
+    _accesses.clear()
+    _loops.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,95 @@
+"""One timer for many waits of one length: a timer for each would cost more than a look into the near cache."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+
+class Alarm:
+    """A function that is called after the time of a shared deadline, unless the alarm is stopped before.
+
+    Args:
+        deadline: The shared deadline.
+        ring: The function.
+    """
+
+    __slots__ = ("_deadline", "ring")
+
+    def __init__(self, deadline: "SharedDeadline", ring: Callable[[], None]) -> None:
+        self._deadline = deadline
+        self.ring = ring
+        deadline.watch_for(self, 0)
+
+    def stop(self) -> None:
+        """Do not ring any more."""
+        self._deadline.waiting.pop(self, None)
+
+
+class SharedDeadline:
+    """Deadlines of one event loop that all lie the same number of seconds ahead.
+
+    Args:
+        seconds: How many.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.loop = asyncio.get_running_loop()
+        # Each with its moment, in the order of these, since all wait equally long. Of a task also how many others had
+        # asked it to end when its wait began.
+        self.waiting: dict[asyncio.Task[Any] | Alarm, tuple[float, int]] = {}
+        self._expired: dict[asyncio.Task[Any], int] = {}
+        self._is_watching = False
+
+    def begin(self) -> "asyncio.Task[Any] | None":
+        """Bound what the running task waits for from now on, as `asyncio.timeout` does, until `end`.
+
+        Returns:
+            The running task, for `end`; None where it is bound already, as by a store that calls a cached function itself.
+        """
+        task = asyncio.current_task(self.loop)
+        if task is None:
+            raise RuntimeError("a wait can be bounded inside a task only")
+        if task in self.waiting:
+            return None
+        self.watch_for(task, task.cancelling())
+        return task
+
+    def end(self, task: "asyncio.Task[Any] | None") -> bool:
+        """End a bound.
+
+        Args:
+            task: What `begin` returned.
+
+        Returns:
+            Whether the wait was cancelled because it took too long, and nobody else has cancelled the task.
+        """
+        if task is None or self.waiting.pop(task, None) is not None:
+            return False
+        cancelling = self._expired.pop(task, None)
+        return cancelling is not None and task.uncancel() <= cancelling
+
+    def watch_for(self, waiting: "asyncio.Task[Any] | Alarm", cancelling: int) -> None:
+        """Let a wait begin."""
+        moment = self.loop.time() + self.seconds
+        self.waiting[waiting] = (moment, cancelling)
+        if not self._is_watching:
+            self._is_watching = True
+            self.loop.call_at(moment, self._watch)
+
+    def _watch(self) -> None:
+        """End what takes too long, and look again when the next wait may do so."""
+        self._is_watching = False
+        now = self.loop.time()
+        while self.waiting:
+            waiting, (moment, cancelling) = next(iter(self.waiting.items()))
+            if moment > now:
+                self._is_watching = True
+                self.loop.call_at(moment, self._watch)
+                break
+            del self.waiting[waiting]
+            if isinstance(waiting, Alarm):
+                waiting.ring()
+            else:
+                self._expired[waiting] = cancelling
+                waiting.cancel()

@@ -1,0 +1,324 @@
+"""One flight for each key: callers that ask for a result while it is being fetched wait for it, and none can spoil it."""
+
+import asyncio
+import contextlib
+from asyncio import AbstractEventLoop, get_running_loop
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+from aiokv.caching.access import StoreAccess
+from aiokv.caching.generations import Generations, Place
+from aiokv.caching.near import MISSED
+from aiokv.store import AsyncKVStore
+
+# The computations that this code is a part of, the innermost last.
+active_computations: "ContextVar[tuple[Computation, ...]]" = ContextVar("aiokv_active_computations", default=())
+
+T = TypeVar("T")
+
+_LOOK_SECONDS = 0.25
+
+
+class Call(NamedTuple):
+    """One call of a cached function.
+
+    Args:
+        key: The key, as the arguments were when it was made.
+        is_settled: Whether the arguments cannot change.
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+        id_position: Where in `args` the id stands, for a function of many ids.
+    """
+
+    key: str
+    is_settled: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    id_position: int = 0
+
+
+class Outcome(NamedTuple):
+    """What a flight has brought.
+
+    Args:
+        json: The result, to be decoded by each caller; None where there is only an object.
+        value: The object; for an error, its traceback.
+        error: What the callers get in its place.
+        own: A copy for the caller that began the flight, which spares it decoding one.
+        kind: `"private"` is for the caller that began the flight alone; the others begin anew, as all do after `"none"`.
+            `"absent"` says that an id has no result.
+    """
+
+    json: bytes | str | None = None
+    value: Any = None
+    error: BaseException | None = None
+    own: Any = MISSED
+    kind: Literal["shared", "private", "none", "absent"] = "shared"
+
+
+NO_OUTCOME = Outcome(kind="none")
+ABSENT = Outcome(kind="absent")
+
+
+def failure(error: BaseException) -> Outcome:
+    """Return the outcome of a failed flight.
+
+    Args:
+        error: What it failed with.
+    """
+    # With its traceback as it is now: each caller that raises it would add its own to that of the others.
+    return Outcome(value=error.__traceback__, error=error)
+
+
+class Flight:
+    """The fetch of one key that is under way: first a read of the store, then, if that finds nothing, a computation.
+
+    Args:
+        flights: Those that it belongs to.
+        store: The store of the caller that began it.
+        call: The call that began it.
+        generation: The generation that it belongs to.
+        index: Which of its caller's calls it is for.
+        is_decisive: Whether it replaces what is stored whatever that is: a refresh or a prime.
+    """
+
+    # Most flights end without these.
+    outcome: Outcome | None = None
+    computation: "Computation | None" = None
+    # The computation whose code reads the store for this flight.
+    reader: "Computation | None" = None
+    # How many callers want the outcome.
+    interest = 1
+    _waiters: "dict[asyncio.Future[None], None] | None" = None
+    _on_end: list[Callable[[], None]] | None = None
+
+    def __init__(  # noqa: PLR0913, PLR0917 (one for each hit, so by position)
+        self,
+        flights: "Flights",
+        store: AsyncKVStore,
+        call: Call,
+        generation: int,
+        index: int = 0,
+        is_decisive: bool = False,  # noqa: FBT001, FBT002 (likewise)
+    ) -> None:
+        self.flights = flights
+        self.store = store
+        self.call = call
+        self.place: Place = (flights.target, call[0])
+        self.generation = generation
+        self.index = index
+        self.is_decisive = is_decisive
+
+    def may_land(self, generations: Generations) -> bool:
+        """Return whether the result may still be stored and kept."""
+        if self.is_decisive:
+            return generations.is_latest(self.place, self.generation)
+        return generations.is_current(self.place, self.generation)
+
+    def begin_write(self, generations: Generations) -> bool:
+        """Return whether the result may be stored, and keep older ones from that."""
+        return generations.begin(self.place, self.generation) if self.is_decisive else self.may_land(generations)
+
+    def end(self, outcome: Outcome) -> None:
+        """Let the callers go on, and the next call begin a flight of its own; a second end is ignored."""
+        self.flights.remove(self)
+        if self.outcome is not None:
+            return
+        self.outcome = outcome
+        if self._waiters is not None:
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+        if self._on_end is not None:
+            for notify in self._on_end:
+                notify()
+
+    async def wait(self) -> Outcome:
+        """Wait for the outcome."""
+        if self.outcome is None:
+            waiter = get_running_loop().create_future()
+            if self._waiters is None:
+                self._waiters = {}
+            self._waiters[waiter] = None
+            try:
+                await waiter
+            finally:
+                del self._waiters[waiter]
+        return NO_OUTCOME if self.outcome is None else self.outcome
+
+    def leave(self) -> "asyncio.Task[Any] | None":
+        """Give up waiting; return the task of the computation if nobody is left and it has been cancelled for that."""
+        self.interest -= 1
+        computation = self.computation
+        if self.interest or self.outcome is not None or computation is None or computation.is_uncancellable:
+            return None
+        if any(flight.interest for flight in computation.flights) or computation.task is None:
+            return None
+        for flight in computation.flights:
+            # Where the function goes on in spite of the cancellation, nobody gets what it brings.
+            flight.end(NO_OUTCOME)
+        computation.task.cancel()
+        return computation.task
+
+    async def wait_from_elsewhere(self) -> Outcome:
+        """Wait for the outcome in another loop than the flight's own; no outcome where that loop does not run any more."""
+        here, its_loop = get_running_loop(), self.flights.access.loop
+        ended = here.create_future()
+
+        def set_ended() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def notify() -> None:
+            # The loop that waits may have ended.
+            with contextlib.suppress(RuntimeError):
+                here.call_soon_threadsafe(set_ended)
+
+        def join() -> None:
+            self.interest += 1
+            if self.outcome is not None:
+                notify()
+            elif self._on_end is None:
+                self._on_end = [notify]
+            else:
+                self._on_end.append(notify)
+
+        try:
+            its_loop.call_soon_threadsafe(join)
+        except RuntimeError:
+            return NO_OUTCOME
+        try:
+            while not ended.done() and its_loop.is_running():
+                await asyncio.wait([ended], timeout=_LOOK_SECONDS)
+        finally:
+            with contextlib.suppress(RuntimeError):
+                its_loop.call_soon_threadsafe(self.leave)
+        return NO_OUTCOME if self.outcome is None else self.outcome
+
+
+class Computation:
+    """One run of the function, for one flight or several.
+
+    Args:
+        flights: Whose results it computes.
+    """
+
+    __slots__ = ("flights", "is_uncancellable", "task", "waits_for")
+
+    def __init__(self, flights: Sequence[Flight]) -> None:
+        self.flights = flights
+        self.task: asyncio.Task[Any] | None = None
+        # Once results are being written, and behind callers.
+        self.is_uncancellable = False
+        self.waits_for: set[Flight] = set()
+        for flight in flights:
+            flight.computation = self
+
+
+class Flights:
+    """The flights of one function to one target in one event loop, and its tasks.
+
+    Args:
+        access: The way to the store.
+    """
+
+    def __init__(self, access: StoreAccess) -> None:
+        self.access = access
+        self.target = access.target
+        self.by_key: dict[str, Flight] = {}
+        # Computations behind callers. A call that finds nothing to serve joins them.
+        self.background: dict[str, Flight] = {}
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.writes_behind = 0
+        access.users.add(self)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether to forget these flights would lose nothing."""
+        return not self.by_key and not self.tasks and self.access.is_idle
+
+    def remove(self, flight: Flight) -> None:
+        """Let the next call of the key begin a flight of its own."""
+        key = flight.call.key
+        # By identity: another flight may have taken the place.
+        if self.by_key.get(key) is flight:
+            del self.by_key[key]
+        elif self.background and self.background.get(key) is flight:
+            del self.background[key]
+
+    def run(self, work: Coroutine[Any, Any, T], name: str) -> "asyncio.Task[T]":
+        """Run a coroutine in a task of its own, which outlives any one caller."""
+        task = asyncio.create_task(self._run(work), name=name)
+        # With eager tasks it may have ended already.
+        if not task.done():
+            self.tasks.add(task)
+        return task
+
+    async def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await work
+        finally:
+            # Costs less than a callback, which takes a turn of the loop.
+            self.tasks.discard(cast("asyncio.Task[Any]", asyncio.current_task()))
+
+    async def aclose(self, grace_seconds: float) -> None:
+        """Wait for the tasks some seconds, then cancel them."""
+        deadline = get_running_loop().time() + grace_seconds
+        # Round by round: what is computed is written after that.
+        while self.tasks and (left := deadline - get_running_loop().time()) > 0:
+            await asyncio.wait(list(self.tasks), timeout=left)
+        while late := list(self.tasks):
+            for task in late:
+                task.cancel()
+            await asyncio.wait(late)
+            self.tasks.difference_update(late)
+        self.access.users.discard(self)
+        if not self.access.users:
+            await self.access.breaker.aclose()
+
+
+def leave_all(flights: Iterable[Flight]) -> "list[asyncio.Task[Any]]":
+    """Give up waiting.
+
+    Args:
+        flights: For what.
+
+    Returns:
+        The computations that this has cancelled.
+    """
+    return [task for flight in flights if (task := flight.leave()) is not None]
+
+
+def waits_for_itself(flight: Flight, around: tuple[Computation, ...]) -> bool:
+    """Return whether to wait for a flight would be to wait for the running code, at once or through other flights.
+
+    Args:
+        flight: The flight.
+        around: The computations that the running code is a part of.
+    """
+    if not around:
+        return False
+    seen: set[Flight] = set()
+    ahead = [flight]
+    while ahead:
+        flight = ahead.pop()
+        computation = flight.computation or flight.reader
+        if computation is None or flight in seen:
+            continue
+        if computation in around:
+            return True
+        seen.add(flight)
+        ahead.extend(computation.waits_for)
+    return False
+
+
+def is_elsewhere(flight: Flight, loop: AbstractEventLoop) -> bool:
+    """Return whether a flight is one of another loop that runs.
+
+    Args:
+        flight: The flight.
+        loop: The running loop.
+    """
+    its_loop = flight.flights.access.loop
+    return its_loop is not loop and its_loop.is_running()

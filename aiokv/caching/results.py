@@ -1,0 +1,282 @@
+"""From a result to JSON and back: what comes back is what went in, or it is not stored. Pure.
+
+What is a `TypeError` (results of this type cannot be stored) and what is `NotStorable` (this one cannot):
+
+- `TypeError`: a set, a tuple or a class under no annotation or one of native JSON types; another type than annotated, at any
+  depth; an annotation that does not accept its own JSON; an annotation that masks, such as `SecretStr`.
+- `NotStorable`: NaN or infinity where the annotated type has no text for them (native JSON types, most models); an int of more
+  than 64 bits as a native type; a lone surrogate; bytes that are not UTF-8 in a model; what is nested too deeply or holds
+  itself; state that JSON loses, such as excluded fields, private and extra attributes, and what a validator changes once more.
+
+The JSON of a model holds its fields by name. `model_fields_set` comes back, too: unset fields are left out where their defaults
+are part of the schema's mark; else ` [[sets, indices],`, a line break, the JSON and `]` are stored, which is JSON as well.
+"""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from aiokv.caching.jsonable import Difference, find_not_native, find_unholdable, is_native, models_in
+from aiokv.caching.roundtrip import difference
+from aiokv.caching.schema import Schema, describe, is_json_native_type, return_annotation, type_adapter
+
+_NATIVE = "str, int, float, bool, None, list and dict with str keys"
+_TOO_DEEP: Final = Difference("", "is nested too deeply for JSON, or holds itself", is_type=False)
+_TOO_LARGE: Final = Difference("", "takes more memory than there is", is_type=False)
+_WRONG_TYPE: Final = Difference("", "is of another type than annotated, in whole or in part", is_type=True)
+_OTHER_MODELS: Final = Difference("", "comes back with other models", is_type=True)
+# How pydantic's messages begin. They also quote the value, so they are never shown.
+_WARNED = "Pydantic serializer warnings"
+_DEEP = ("Error serializing to JSON: ValueError: Circular reference", "Error serializing to JSON: ValueError: Maximum")
+_UNREADABLE = frozenset({"json_invalid", "recursion_loop"})
+# No writer of JSON begins with a space; of bytes, the first item is a number.
+_SPACES = frozenset({" ", ord(" ")})
+_ADVICE = (
+    ("NaN", "return None or a str in its place"),
+    ("64 bits", "return it as a str"),
+    ("surrogate", "replace it, as str.encode(errors='replace') does"),
+    ("UTF-8", "set ser_json_bytes and val_json_bytes of its model_config to 'base64'"),
+    ("deeply", "return something flatter"),
+)
+
+
+class NotStorable(Exception):  # noqa: N818 (no fault of the program: the caller gets the result)
+    """One result that cannot be stored; the text says why and what helps, without the value."""
+
+
+class _Mode(NamedTuple):
+    """A way to write a result: options of pydantic's serializer, and whether the set fields are stored beside."""
+
+    options: dict[str, Any]
+    keeps_sets: bool
+
+
+class ResultCodec:
+    """Write one function's results as JSON, and read them.
+
+    Args:
+        function: The function, for its name and its return annotation.
+        returns: The type to decode to, where the annotation does not say it; None takes the annotation.
+        part: Returns the type of a stored result for the annotation, where a part of what is returned is stored.
+
+    Raises:
+        TypeError: The annotation cannot be decoded to.
+    """
+
+    def __init__(
+        self, function: Callable[..., object], returns: Any = None, part: Callable[[Any], Any] = lambda returns: returns
+    ) -> None:
+        self._function = function
+        self._name = function.__qualname__
+        self._returns = returns
+        self._part = part
+        self._is_annotated = False
+        self._orders: tuple[dict[str, None], ...] = ()
+        self.schema = ""
+        """The mark of the annotated type's structure, once resolved; empty where nothing is annotated."""
+        # None: the result is its own JSON.
+        self._to_json: Callable[..., bytes] | None = None
+        self._to_python: Callable[..., object] = lambda result, **_: result
+        self._validate: Callable[[bytes | str], Any] = orjson.loads
+        # Tried in order, the last that succeeded first.
+        self._modes: tuple[_Mode, ...] = ()
+        self._plain_mode = _Mode({}, keeps_sets=False)
+        self._resolved = False
+        self.load: Callable[[bytes | str], Any] = self._resolve_and_load
+        """Make a fresh object from JSON that `dump` made.
+
+        `ValueError`: the JSON is not of this function's results. What a validator of the type's own raises passes through.
+        """
+        # What an annotation refers to may be defined later in its module: then at the first call.
+        with contextlib.suppress(NameError, AttributeError):
+            self._resolve()
+
+    def resolve(self) -> None:
+        """Find out what the function returns, unless that is known.
+
+        Raises:
+            TypeError: Its return annotation cannot be resolved or decoded to; the message says what to do.
+        """
+        if self._resolved:
+            return
+        try:
+            self._resolve()
+        except (NameError, AttributeError) as error:
+            raise TypeError(
+                f"{self._name}: the return annotation cannot be resolved ({error}); import what it names, or pass returns="
+            ) from None
+
+    def dump(self, result: object) -> bytes:
+        """Make a result's JSON, once it is sure that the same comes back of it.
+
+        Args:
+            result: What the function returned.
+
+        Returns:
+            JSON for `load`.
+
+        Raises:
+            TypeError: Results of this type cannot be stored; the message says what to do.
+            NotStorable: Results of this type can be stored, and this one cannot.
+        """
+        if not self._resolved:
+            self.resolve()
+        if self._to_json is None:
+            try:
+                if is_native(result):
+                    return orjson.dumps(result)
+            except (RecursionError, orjson.JSONEncodeError):
+                # Found again below, outside of the handler: the error would hold this one as its context.
+                pass
+            raise self._native_refusal(result)
+        modes = self._modes
+        fault = _WRONG_TYPE
+        for mode in modes:
+            outcome = self._attempt(self._to_json, mode, result)
+            if type(outcome) is bytes:
+                if mode is not modes[0]:
+                    self._modes = (mode, *(other for other in modes if other is not mode))
+                return outcome
+            if isinstance(outcome, Difference) and mode is self._plain_mode:
+                fault = outcome
+        raise self._refusal(fault, result)
+
+    def _resolve(self) -> None:
+        returns = self._part(return_annotation(self._function)) if self._returns is None else self._returns
+        adapter = None if is_json_native_type(returns) else type_adapter(returns, self._name)
+        # After the adapter, which completes the models.
+        description = describe(returns)
+        self.schema = description.mark
+        self._orders = description.orders
+        self._is_annotated = returns is not Any
+        if adapter is None:
+            self.load = orjson.loads
+        else:
+            self._to_json = adapter.serializer.to_json
+            self._to_python = adapter.serializer.to_python
+            validate = self._validate = adapter.validator.validate_json
+            if description.has_aliases:
+                self._validate = partial(validate, by_alias=True, by_name=True)
+            self.load = self._load_models if description.has_models else self._validate
+            self._plan(description)
+        self._resolved = True
+
+    def _plan(self, description: Schema) -> None:
+        """Choose the ways to write a result, the most likely first."""
+        options = {"by_alias": False, "round_trip": True, "warnings": "error"}
+        plain = self._plain_mode = _Mode(options, keeps_sets=description.has_models)
+        modes = [plain, _Mode({**options, "by_alias": True}, keeps_sets=description.has_models)]
+        if description.has_models and description.may_omit_unset:
+            modes.insert(0, _Mode({**options, "exclude_unset": True}, keeps_sets=False))
+        self._modes = tuple(modes)
+
+    def _resolve_and_load(self, json: bytes | str) -> Any:
+        self.resolve()
+        return self.load(json)
+
+    def _load_models(self, json: bytes | str) -> Any:
+        if json and json[0] in _SPACES:
+            return self._load_with_sets(json)
+        return self._validate(json)
+
+    def _load_with_sets(self, json: bytes | str) -> Any:
+        head, _, rest = (json if isinstance(json, bytes) else json.encode()).partition(b"\n")
+        try:
+            sets, indices = orjson.loads(head[2:-1])
+            result = self._validate(rest[:-1])
+            for model, index in zip(models_in(result), indices, strict=True):
+                _restore(model, sets[index])
+        except (TypeError, LookupError, RecursionError):
+            raise ValueError("the set fields of the result do not fit its models") from None
+        return result
+
+    def _native_refusal(self, result: object) -> Exception:
+        try:
+            fault = find_not_native(result) or _TOO_DEEP
+        except RecursionError:
+            fault = _TOO_DEEP
+        if not fault.is_type:
+            return self._refusal(fault, result)
+        place = f" at {fault.path}" if fault.path else ""
+        annotate = (
+            "make the return annotation say exactly what is returned" if self._is_annotated else "annotate the return type"
+        )
+        return TypeError(
+            f"{self._name}: its result{place} {fault.reason}, which JSON would change; "
+            f"{annotate} (needs 'aiokv[pydantic]'), pass returns=, or return {_NATIVE}"
+        )
+
+    def _attempt(self, to_json: Callable[..., bytes], mode: _Mode, result: object) -> bytes | Difference:
+        """Return the JSON of a result, or why it would not come back."""
+        try:
+            data = to_json(result, **mode.options)
+            back = self._validate(data)
+            if mode.keeps_sets:
+                models, others = list(models_in(result)), list(models_in(back))
+                if len(models) != len(others):
+                    return _OTHER_MODELS
+                sets = [model.__pydantic_fields_set__ for model in models]
+                if any(one != other.__pydantic_fields_set__ for one, other in zip(sets, others, strict=True)):
+                    for one, other in zip(sets, others, strict=True):
+                        _restore(other, one)
+                    data = _with_sets(sets, data)
+            found = difference(back, result, self._orders)
+        except Exception as error:  # noqa: BLE001 (a class of the program's may fail in its own way)
+            return _explain(error, result, self._to_python)
+        return data if found is None else found
+
+    def _refusal(self, fault: Difference, result: object) -> Exception:
+        place = f" at {fault.path}" if fault.path else ""
+        if fault.is_type:
+            return TypeError(
+                f"{self._name}: its result of type {type(result).__name__} does not survive the way through JSON as the "
+                f"annotated type: it{place} {fault.reason}; make the return annotation say exactly what is returned, "
+                "or pass returns="
+            )
+        default = "return only what the annotated type's JSON holds"
+        advice = next((advice for text, advice in _ADVICE if text in fault.reason), default)
+        return NotStorable(f"{self._name}: its result{place} {fault.reason}; to have it stored, {advice}")
+
+
+def _explain(error: Exception, result: object, to_python: Callable[..., object]) -> Difference:
+    """Return why a result could not be written or read back, without the error's text: it quotes the value."""
+    if isinstance(error, MemoryError):
+        return _TOO_LARGE
+    text = str(error)
+    if isinstance(error, RecursionError) or text.startswith(_DEEP):
+        return _TOO_DEEP
+    if _is_of_wrong_type(result, to_python):
+        return _WRONG_TYPE
+    reason = find_unholdable(result)
+    if reason is not None:
+        return Difference("", f"holds {reason}, which has no form in JSON here", is_type=False)
+    details: Callable[..., list[dict[str, Any]]] | None = getattr(error, "errors", None)
+    if callable(details) and any(detail["type"] in _UNREADABLE for detail in details(include_url=False, include_input=False)):
+        return _TOO_DEEP
+    return Difference("", f"cannot be written or read back ({type(error).__name__})", is_type=True)
+
+
+def _is_of_wrong_type(result: object, to_python: Callable[..., object]) -> bool:
+    """Return whether pydantic warns of a type where no text can fail before that."""
+    try:
+        to_python(result, warnings="error", round_trip=True)
+    except Exception as error:  # noqa: BLE001 (a class of the program's may fail in its own way)
+        return str(error).startswith(_WARNED)
+    return False
+
+
+def _with_sets(sets: list[set[str]], data: bytes) -> bytes:
+    """Put the set fields of models beside their JSON, equal ones once."""
+    numbers: dict[tuple[str, ...], int] = {}
+    indices = [numbers.setdefault(tuple(sorted(names)), len(numbers)) for names in sets]
+    return b" [" + orjson.dumps([list(numbers), indices]) + b",\n" + data + b"]"
+
+
+def _restore(model: Any, names: Any) -> None:
+    if isinstance(names, str) or any(type(name) is not str for name in names):
+        raise TypeError
+    # A frozen model refuses its own way.
+    object.__setattr__(model, "__pydantic_fields_set__", set(names))
