@@ -4,12 +4,21 @@ VENV := .venv
 BASE_VENV := .venv-base
 BIN := $(VENV)/bin
 DEMO_VENV := .venv-demo
+# Under these versions the cache and the store are tested with eager tasks, too; `EAGER_ARGS=` takes the slow tests in.
+EAGER_VERSIONS := 3.12 3.13
+EAGER_ARGS ?= -m "not slow"
+# A name of pyenv's on the PATH need not lead to an interpreter.
+python_of = $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(1).*/bin/python; do \
+	"$$python" -c 'import ensurepip, sqlite3, ssl' 2>/dev/null && { echo "$$python"; break; }; done)
+# The default interpreter's own environment, one for this version alone, or none where there is no such interpreter.
+eager_venv = $(if $(filter $(1),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')),$(VENV),\
+	$(if $(call python_of,$(1)),.venv-$(1)))
 
-.PHONY: help demo test lint fix bench clean
+.PHONY: help demo test test-eager lint fix bench clean
 
 help:
 	@echo "make demo    start an embedded server and watch values go through it"
-	@echo "make test    run every test"
+	@echo "make test    run every test, and those of the cache and the store with eager tasks on Python $(EAGER_VERSIONS)"
 	@echo "make lint    check format, types and import directions"
 	@echo "make fix     apply what the formatter and the linter can fix"
 	@echo "make bench   measure: the client, durable sets, imports, the decorator, stampedes, faults"
@@ -33,11 +42,25 @@ $(BASE_VENV)/.installed: pyproject.toml
 	@$(BASE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
+$(EAGER_VERSIONS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml
+	@echo "Installing what the tests of the cache and the store need into .venv-$* ..."
+	@"$(call python_of,$*)" -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
 demo: $(DEMO_VENV)/.installed
 	@$(DEMO_VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.installed $(BASE_VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-eager
+
+test-eager: $(EAGER_VERSIONS:%=test-eager-%)
+
+.SECONDEXPANSION:
+$(EAGER_VERSIONS:%=test-eager-%): test-eager-%: $$(addsuffix /.installed,$$(call eager_venv,$$*))
+	@$(if $(call eager_venv,$*),$(call eager_venv,$*)/bin/python -m pytest --eager-tasks $(EAGER_ARGS) tests/caching tests/store, \
+	echo "Python $* is absent: the cache and the store are not tested with eager tasks under it.")
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -64,5 +87,5 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/faults.py --plot faults.png
 
 clean:
-	rm -rf $(VENV) $(BASE_VENV) $(DEMO_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist .coverage*
+	rm -rf $(VENV) $(BASE_VENV) $(DEMO_VENV) .venv-3.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,8 @@
 """pytest's fixtures for code that uses aiokv; see "Test against faults" in the README.
 
-A module beside the package, not in it: pytest loads it in every run, also where nothing uses aiokv, and before coverage is
-measured. So nothing but pytest is imported here until a fixture is asked for. The fixtures are synchronous: they serve tests
-that await, by whichever plugin, and tests that do not.
+This module stands beside the package, not in it: pytest loads it in every run, even where no test uses aiokv, and before
+coverage begins. So it imports only pytest until a test asks for a fixture. The fixtures are synchronous, so that they serve
+asynchronous tests of every plugin, and synchronous tests.
 """
 
 import uuid
@@ -55,15 +55,15 @@ def kv_store(kv_server: "KVServer", monkeypatch: pytest.MonkeyPatch) -> "AsyncKV
 def flaky_kv(kv_server: "KVServer", kv_store: "AsyncKVStore") -> "Iterator[FlakyKV]":
     """A store whose requests go through a `FaultProxy` to `kv_server`: `flaky_kv.store` and `flaky_kv.proxy`.
 
-    The store's namespace is that of `kv_store`, which sees what the server holds. The waits between attempts are taken out, for
-    the whole process while the test runs, and an attempt takes at most a second.
+    The store has the namespace of `kv_store`, which shows what the server holds. While the test runs, no store of this process
+    waits between attempts. An attempt of `flaky_kv.store` takes at most a second.
     """
     from aiokv import AsyncKVStore  # noqa: PLC0415 (see above)
     from aiokv.backends.http.retry import reset_quotas  # noqa: PLC0415 (see above)
     from aiokv.testing import FaultProxy, disable_backoff  # noqa: PLC0415 (see above)
     from aiokv.testing.background import FLAKY_RETRY, FlakyKV, in_thread  # noqa: PLC0415 (see above)
 
-    # Another test may have spent the quota of a port that has come round again.
+    # An earlier test may have spent the retry quota of the same port.
     reset_quotas()
     with disable_backoff(), in_thread(lambda: FaultProxy(kv_server.url)) as proxy:
         yield FlakyKV(AsyncKVStore(kv_store.db_name, url=proxy.url, retry=FLAKY_RETRY), proxy)

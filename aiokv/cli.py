@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: What follows the program's name; None takes the process's.
+        arguments: The arguments after the program's name; None takes those of the process.
 
     Returns:
         The exit status: 0 done, 1 the key is absent, 2 failed.
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, BrokenPipeError):
             print(f"aiokv: {error}", file=sys.stderr)
         if sys.stdout is not None:
-            # What could not be written would be tried, and complained of, once more at the interpreter's end.
+            # Else the interpreter would flush the rest at its end, and print a second error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
 
@@ -75,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--access-file",
         metavar="F",
-        help="who may use it, made by `aiokv access add`; without one the server binds to loopback and takes anybody",
+        help="the accounts, made by `aiokv access add`; without it the server binds to loopback and lets everybody in",
     )
-    serve.add_argument("--tls-cert", metavar="F", help="PEM certificate chain; without one the server speaks plain HTTP")
+    serve.add_argument("--tls-cert", metavar="F", help="PEM certificate chain; without it the server speaks plain HTTP")
     serve.add_argument("--tls-key", metavar="F", help="PEM key of the certificate, where --tls-cert does not hold it")
     serve.set_defaults(run=_serve)
 
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "add",
         help="make a key for an account",
         description="Make a key for an account and print it, once; the file keeps a hash only. An account that has a key "
-        "gets a further one. To revoke a key, remove its line from the file; a running server notices.",
+        "gets a second one. To revoke a key, remove its line from the file; a running server notices.",
     )
     add.add_argument("account", metavar="ID", help="1 to 64 letters, digits, '.', '_' or '-'; its stores are its own")
     add.add_argument("--access-file", metavar="F", required=True, help="the access file; made where it is absent")
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         help="the value; read from standard input where it is left out (put -- before one that begins with -)",
     )
-    set_.add_argument("--ttl", type=_seconds, metavar="SECONDS", help="60 to 2592000 (30 days, the default)")
+    set_.add_argument("--ttl", type=_parse_seconds, metavar="SECONDS", help="60 to 2592000 (30 days, the default)")
     set_.set_defaults(run=_set)
     delete = _entry_command(commands, "delete", "remove an entry, if there is one")
     delete.set_defaults(run=_delete)
@@ -134,7 +134,7 @@ def _entry_command(
     return command
 
 
-def _seconds(text: str) -> int:
+def _parse_seconds(text: str) -> int:
     # int() alone would take "6_0" and digits of other scripts.
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError("expected a decimal number of seconds")
@@ -178,7 +178,7 @@ def _get(options: argparse.Namespace) -> int:
     if value is None:
         print(f"aiokv: no key {options.key!r} in db {options.db_name!r}, or it has expired", file=sys.stderr)
         return _ABSENT
-    # The bytes alone, whatever the terminal's encoding: what was stored is what a pipe gets.
+    # Raw bytes: a pipe gets exactly the stored value, whatever the terminal's encoding.
     if sys.stdout is None:
         raise ValueError("standard output is closed; there is nowhere to write the value")
     sys.stdout.buffer.write(value.encode())
@@ -194,7 +194,7 @@ def _set(options: argparse.Namespace) -> int:
         if sys.stdin is None:
             raise ValueError("no VALUE, and standard input is closed")
         try:
-            # One byte more than the limit says enough of a value that is too large.
+            # One byte more than the limit is enough to see that the value is too large.
             data = sys.stdin.buffer.read(MAX_VALUE_BYTES + 1)
             check_value_size(len(data))
             value = data.decode()

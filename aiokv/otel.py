@@ -2,7 +2,7 @@
 
 Source: names, units, bucket boundaries and what counts as an error are those of OpenTelemetry's semantic conventions 1.44.0,
 `docs/db/database-spans.md`, `docs/db/database-metrics.md`, `docs/general/recording-errors.md`; for a cancelled call, of which
-these say nothing, `docs/http/http-spans.md`. What begins with `aiokv.` has no convention.
+these say nothing, `docs/http/http-spans.md`. Names that begin with `aiokv.` have none.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ except ImportError as missing:
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 OPERATION_BUCKETS_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
-# What is worth a cache may take far longer than a database does.
+# A computation that is worth caching may take far longer than a database call.
 COMPUTATION_BUCKETS_SECONDS = (*OPERATION_BUCKETS_SECONDS, 50.0, 100.0, 500.0)
 
 _SCOPE = "aiokv"
@@ -37,20 +37,20 @@ _Attributes = Mapping[str, str | int]
 
 
 class OpenTelemetryObserver:
-    """Make a span of each call, and metrics of calls, retries, hedges, token renewals and cached functions.
+    """An observer that makes a span of each call, and metrics of calls, retries, hedges, token renewals and cached functions.
 
     One object serves any number of stores, as `AsyncKVStore(observer=...)`, and cached functions, as `kv_cached(observer=...)`.
-    The span of a call is the current one while the call runs, so that those of an HTTP client nest below it. A cancelled
-    call is no failure: it bears `aiokv.cancelled` in place of `error.type`, which is the full name of an exception's class.
-    No span or metric bears a value, a token or a secret, and keys stand in no metric.
+    The span of a call is the current span while the call runs, so the spans of an HTTP client nest below it. A failed call has
+    `error.type`, the full name of the exception's class. A cancelled call is no failure: it has `aiokv.cancelled` instead.
+    No span or metric holds a value, a token or a secret. No metric holds a key.
 
-    It can be pickled where it uses the process's providers; the copy uses those of the process that it comes to.
+    An observer without providers of its own can be pickled. The copy uses the providers of the process that loads it.
 
     Args:
-        tracer_provider: Who makes the spans; None takes the process's provider, also where that is set later.
-        meter_provider: Likewise for the metrics.
-        include_keys: Whether spans bear keys, as `db.operation.parameter.key`, and the messages of aiokv's errors, which
-            name keys, as the description of their status.
+        tracer_provider: The provider of the tracer; None takes the process's provider, even if that is set later.
+        meter_provider: The provider of the meter; None takes the process's provider likewise.
+        include_keys: Whether spans hold keys, as `db.operation.parameter.key`. The status of a failed span then holds the
+            message of aiokv's error, which names the key.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class OpenTelemetryObserver:
             description="Duration of the calls of cached functions that were not served from the cache.",
             explicit_bucket_boundaries_advisory=COMPUTATION_BUCKETS_SECONDS,
         )
-        # Of calls under way. A call ends in the task that it began in, so no context is detached by another.
-        self._open: dict[CallStarted, tuple[trace.Span, Token[context.Context]]] = {}
+        # The spans of calls under way. A call ends in the task in which it began, so that task detaches its own context.
+        self._spans: dict[CallStarted, tuple[trace.Span, Token[context.Context]]] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(include_keys={self._include_keys})"
@@ -101,13 +101,13 @@ class OpenTelemetryObserver:
                 f"an {type(self).__name__} with providers of its own cannot be pickled; "
                 "leave them out, and set the providers of each process with opentelemetry's set_*_provider"
             )
-        return _unpickled, (type(self), self._include_keys)
+        return _unpickle, (type(self), self._include_keys)
 
     def __call__(self, event: Event | CacheEvent, /) -> None:
-        """Take note of an event; see `aiokv.telemetry.Observer`.
+        """Record an event as a span or a metric; see `aiokv.telemetry.Observer`.
 
         Args:
-            event: What has happened to a call of a store or of a cached function.
+            event: What happened to a call of a store or of a cached function.
         """
         match event:
             case CallStarted():
@@ -121,30 +121,31 @@ class OpenTelemetryObserver:
             case CallHedged():
                 self._note_hedge(event)
             case TokenRenewed():
-                self._token_renewals.add(1, {**_server(event.url), **_failure(event.error)})
+                self._token_renewals.add(1, {**_describe_server(event.url), **_describe_error(event.error)})
 
     def _begin(self, call: CallStarted) -> None:
         name = f"{call.verb} {call.db_name}"[:_MAX_SPAN_NAME_CHARS]
-        attributes = _operation(call.verb, call.db_name, call.url)
-        # CLIENT for memory:// too: a program's traces look the same whatever its URL says.
+        attributes = _describe_operation(call.verb, call.db_name, call.url)
+        # CLIENT for memory:// too: a program's traces look the same with every URL.
         span = self._tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes)
         if not span.get_span_context().is_valid:
-            # Nobody traces, or nothing would come of it.
+            # The process has no tracer provider, or its provider drops this span altogether.
             return
         if self._include_keys and span.is_recording():
             span.set_attribute("db.operation.parameter.key", call.key)
-        # What is not sampled is attached as well, so that nothing below it is.
-        self._open[call] = span, context.attach(trace.set_span_in_context(span))
+        # A span that is not sampled becomes the current one, too: then the spans below it are not sampled either.
+        self._spans[call] = span, context.attach(trace.set_span_in_context(span))
 
     def _end(self, event: CallEnded) -> None:
         call = event.call
-        outcome = _failure(event.error)
-        # Before the context is detached, for the exemplar of this measurement names the span.
-        self._operation_duration.record(event.elapsed_seconds, {**_operation(call.verb, call.db_name, call.url), **outcome})
-        span, token = self._open.pop(call, (None, None))
+        outcome = _describe_error(event.error)
+        operation = _describe_operation(call.verb, call.db_name, call.url)
+        # Recorded before the context is detached: an exemplar of this measurement refers to the current span.
+        self._operation_duration.record(event.elapsed_seconds, {**operation, **outcome})
+        span, token = self._spans.pop(call, (None, None))
         if span is None or token is None:
             return
-        # A coroutine that is thrown away unfinished may be closed from anywhere, where this context is not to be detached.
+        # A coroutine that is dropped unfinished may be closed in another context, where ours must not be detached.
         if not isinstance(event.error, GeneratorExit) or trace.get_current_span() is span:
             context.detach(token)
         if span.is_recording():
@@ -158,21 +159,22 @@ class OpenTelemetryObserver:
 
     def _note_retry(self, event: CallRetried) -> None:
         call = event.call
-        met = _failure(event.error)
-        self._retries.add(1, {**_operation(call.verb, call.db_name, call.url), **met})
-        span, _ = self._open.get(call, (None, None))
+        outcome = _describe_error(event.error)
+        self._retries.add(1, {**_describe_operation(call.verb, call.db_name, call.url), **outcome})
+        span, _ = self._spans.get(call, (None, None))
         if span is not None and span.is_recording():
-            span.add_event("aiokv.retry", {"aiokv.attempt": event.attempt, "aiokv.wait_seconds": event.wait_seconds, **met})
+            attempt = {"aiokv.attempt": event.attempt, "aiokv.wait_seconds": event.wait_seconds}
+            span.add_event("aiokv.retry", {**attempt, **outcome})
 
     def _note_hedge(self, event: CallHedged) -> None:
         call = event.call
-        self._hedges.add(1, _operation(call.verb, call.db_name, call.url))
-        span, _ = self._open.get(call, (None, None))
+        self._hedges.add(1, _describe_operation(call.verb, call.db_name, call.url))
+        span, _ = self._spans.get(call, (None, None))
         if span is not None and span.is_recording():
             span.add_event("aiokv.hedge", {"aiokv.after_seconds": event.after_seconds})
 
     def _count_cache_event(self, event: CacheEvent) -> None:
-        # The rest is a version and a digest; a prefix may have colons of its own.
+        # A key is `prefix:version:digest`, and the prefix may hold colons, too.
         prefix = event.key.rsplit(":", 2)[0]
         self._cache_events.add(1, {"aiokv.cache.event": event.kind, "aiokv.cache.prefix": prefix})
         if event.kind == "computed":
@@ -180,27 +182,27 @@ class OpenTelemetryObserver:
 
 
 @cache
-def _unpickled(kind: type[OpenTelemetryObserver], include_keys: bool) -> OpenTelemetryObserver:  # noqa: FBT001 (pickle's call)
-    # One for all stores that come to this process: each would have instruments of its own, which are never given up.
+def _unpickle(kind: type[OpenTelemetryObserver], include_keys: bool) -> OpenTelemetryObserver:  # noqa: FBT001 (pickle's call)
+    # One observer for all stores that are unpickled in this process: OpenTelemetry never releases instruments.
     return kind(include_keys=include_keys)
 
 
 @lru_cache(maxsize=1024)
-def _operation(verb: str, db_name: str, url: str) -> _Attributes:
-    """Give the attributes that a call's span and metrics share; all are known before it begins, for samplers to go by."""
-    # SQLite has a name among the well-known ones. Of a service only the protocol is known, not what stores its values, and
-    # the memory of a process is no database at all: both bear the name of what speaks for them.
+def _describe_operation(verb: str, db_name: str, url: str) -> _Attributes:
+    """Return the attributes of a call's span and metrics; all are known before the call, so samplers can use them."""
+    # SQLite has a well-known name. A remote service may store its values in anything, and memory is no database:
+    # both are named after this package.
     system = "sqlite" if urlsplit(url).scheme == "sqlite" else "aiokv"
     return MappingProxyType(
-        {"db.system.name": system, "db.operation.name": verb, "db.namespace": db_name, **_server(url)},
+        {"db.system.name": system, "db.operation.name": verb, "db.namespace": db_name, **_describe_server(url)},
     )
 
 
-def _server(url: str) -> _Attributes:
+def _describe_server(url: str) -> _Attributes:
     parts = urlsplit(url)
     default_port = _DEFAULT_PORTS.get(parts.scheme)
     if default_port is None or parts.hostname is None:
-        # No server. A file's path is left out: it may name a user.
+        # There is no server. The path of a file is left out, since it may name a user.
         return {}
     port = parts.port
     if port is None or port == default_port:
@@ -208,8 +210,8 @@ def _server(url: str) -> _Attributes:
     return {"server.address": parts.hostname, "server.port": port}
 
 
-def _failure(error: BaseException | None) -> Mapping[str, str | bool]:
-    """Give the attributes of what a call, an attempt or an exchange ended with; never its message, which names the key."""
+def _describe_error(error: BaseException | None) -> Mapping[str, str | bool]:
+    """Return the attributes of an error, without its message, which names the key."""
     if error is None:
         return {}
     if isinstance(error, asyncio.CancelledError | GeneratorExit):

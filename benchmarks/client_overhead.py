@@ -1,7 +1,7 @@
 """CPU of a GET through AsyncKVStore, against a bare aiohttp loop that reads and decodes the same answer.
 
-Both run in this process against one server in another, with warm connections and the same concurrency, in alternating
-batches; what is measured is this process's own CPU time, so neither the server nor a busy machine counts.
+Both run in this process, in alternating batches, with warm connections and the same concurrency. The server is another
+process. Only the CPU time of this process is measured, so neither the server nor a busy machine counts.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Get = Callable[[str], Awaitable[object]]
 
 
 async def cpu_microseconds_per_call(get: Get, keys: list[str], concurrency: int) -> float:
-    """Ask for all keys from `concurrency` tasks and give the CPU time of one call."""
+    """Get all keys from `concurrency` tasks; return the CPU time of one call."""
     remaining = iter(keys)
 
     async def work() -> None:
@@ -38,7 +38,7 @@ async def cpu_microseconds_per_call(get: Get, keys: list[str], concurrency: int)
 
 
 async def measure(address: str, options: argparse.Namespace) -> float:
-    """Alternate the contenders and print what each costs."""
+    """Alternate the contenders and print the cost of each."""
     keys = [f"key-{number % 500}" for number in range(options.calls)]
     async with (
         AsyncKVStore("bench", url=address, credentials="bench:secret") as store,
@@ -46,7 +46,7 @@ async def measure(address: str, options: argparse.Namespace) -> float:
             connector=aiohttp.TCPConnector(limit=100),
             headers={"Authorization": "Bearer of-the-same-length-as-a-token-is", "Accept": "application/json"},
         ) as session,
-        # What somebody does who knows aiohttp well: no cookies, no decoding and encoding of the URL.
+        # As an expert uses aiohttp: no cookies, and the URL is neither decoded nor encoded.
         aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=100),
             headers={"Authorization": "Bearer of-the-same-length-as-a-token-is", "Accept": "application/json"},

@@ -1,36 +1,36 @@
-"""How reads come through faults: with aiokv, hedged or not, with the official client, and with aiohttp under tenacity.
+"""Reads through faults: with aiokv, hedged or not, with the official client, and with aiohttp under tenacity.
 
 Each contender is a process of its own. All send their GETs through one `aiokv.testing.FaultProxy`, which runs in this process,
 to one `aiokv serve` process over memory:
 
-  aiokv           AsyncKVStore as it is by default, which does not hedge
+  aiokv           AsyncKVStore with its defaults, which does not hedge
   aiokv-hedged    the same with hedge=True
   fal             the official client's KVStore, unchanged, in threads: it blocks, and opens a connection for each call
-  tenacity        a bare aiohttp.ClientSession under `@tenacity.retry` with that decorator's defaults: any Exception is tried
-                  again, for ever (stop_never), without a wait (wait_none). aiohttp by itself sends a GET once more, unasked,
-                  where a kept connection breaks
+  tenacity        a bare aiohttp.ClientSession under `@tenacity.retry` with that decorator's defaults: it retries after any
+                  Exception, for ever (stop_never), without a wait (wait_none). aiohttp itself sends a GET once more where a
+                  pooled connection breaks
 
-and meet, each in every round the same draws, whose seed is --seed plus the round:
+In each round, every contender meets the same random draws, with the seed --seed plus the round:
 
-  0, 1, 5, 20 %   that share of requests meets a reset of its connection, in equal parts before the upstream has seen the
-  resets          request (ResetBefore) and after it has answered, with no byte of that let through (ResetAfter)
-  2 % stalls      that share of answers comes half a second late (LatencyAfter(0.5)); none hangs for ever
-  outage          for --outage-seconds no connection is accepted, and those that were open are reset; once, not each round
-  5 % resets,     aiokv alone, as fast as it goes: the many calls that it takes to tell a success of 99.99 % from a lower one
+  0, 1, 5, 20 %   the connection of this share of requests is reset: half of them before the upstream sees the request
+  resets          (ResetBefore), half after it has answered, before a byte of the answer passes (ResetAfter)
+  2 % stalls      this share of answers comes half a second late (LatencyAfter(0.5)); none hangs for ever
+  outage          for --outage-seconds no connection is accepted, and open ones are reset; once, not in each round
+  5 % resets,     aiokv alone, at full speed: only many calls can show a success of 99.99 %
   unpaced
 
-The load is paced and bounded: --rate calls a second are due, and at most --concurrency are under way, so that what waits for
-one of those begins late and the load falls behind. Latency counts from a call's beginning to its end, and that of failed calls
-counts too. The pace is below what a core carries: times are a call's, not those of a queue. Each run begins with some calls
-that are not counted and meet no fault, so that connections are there and the hedger knows how long an answer takes. In odd
-rounds the contenders come in the opposite order. Percentiles are of the calls of all rounds together. A value that is not the
-one stored is a failure, and so is a call that takes --call-bound (the official client has bounds of its own: 5 attempts of at
-most 10 s) or has not ended when the outage has: without that, tenacity's defaults would go on until it is over.
+The load is paced and bounded: --rate calls a second are due, and at most --concurrency run at once. A call that waits for its
+turn begins late, and the load falls behind. The latency of a call counts from its start to its end, whether it succeeds or
+fails. One core can carry more than the rate, so that latencies do not show a queue. Each run begins with some calls that are
+not counted and meet no fault: they open connections, and show the hedger how long answers take. In odd rounds the contenders
+come in the opposite order. Percentiles are of the calls of all rounds together. A call fails where its value is not the one
+stored, where it takes --call-bound, and where it has not ended when the outage ends (tenacity's defaults would go on). The
+official client has bounds of its own: 5 attempts of at most 10 s.
 
-Sends are the requests that the proxy has read. In the outage none reaches it: there they are the attempts to connect that the
-interpreter sees (its audit event socket.connect), for every contender alike. For "once the quota is spent", CallError.attempts
-is taken of the calls that began after the first retry was refused: attempts to connect cannot be told from those of earlier
-calls. The two counts of the whole outage are shown side by side; they should differ only by what was cut off at its end.
+Sends are the requests that the proxy has read. In the outage no request reaches the proxy. There, sends are the attempts to
+connect, which the interpreter reports (its audit event socket.connect), for every contender alike. "Once the quota is spent"
+counts CallError.attempts of the calls that began after the first refused retry, since an attempt to connect does not show its
+call. Both counts of the whole outage are printed. They should differ only by the calls that were cut off at the end.
 
   python benchmarks/faults.py                            under six minutes
   python benchmarks/faults.py --quick                    a smoke run, which shows nothing but that the script works
@@ -76,7 +76,7 @@ KEYS = list(VALUES)
 STALL_SECONDS = 0.5
 RESETS = (ResetBefore(), ResetAfter())
 UNPACED, STALLS, OUTAGE = "5 % resets, unpaced", "2 % stalls", "outage"
-# Of each scenario: the share of requests that meet a fault, and what they meet.
+# For each scenario: the share of requests that meet a fault, and the faults.
 SCENARIOS: dict[str, tuple[float, tuple[FaultOrFaults, ...]]] = {
     "0 % resets": (0.0, RESETS),
     "1 % resets": (0.01, RESETS),
@@ -85,7 +85,7 @@ SCENARIOS: dict[str, tuple[float, tuple[FaultOrFaults, ...]]] = {
     STALLS: (0.02, (LatencyAfter(STALL_SECONDS),)),
     UNPACED: (0.05, RESETS),
 }
-# About what one core of this kind carries through the proxy; only for the estimate of what is left to do.
+# About the calls a second that one core carries through the proxy; used only to estimate the time left.
 UNPACED_RATE = 1000.0
 
 MAX_FAILED_SHARE = 1e-4
@@ -98,13 +98,13 @@ WARM_UP_CALLS = 50
 GRACE_SECONDS = 120.0
 MAX_REPLY_BYTES = 2**27
 
-# Of a worker process: every address that a connection was tried to.
+# In a worker process: the address of every attempt to connect.
 _connects: list[object] = []
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is to do: a number of calls, begun one each `interval_seconds`, over after `seconds` at the latest."""
+    """The load of one run: a number of calls, one each `interval_seconds`, that ends after `seconds` at the latest."""
 
     calls: int
     interval_seconds: float
@@ -115,7 +115,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Note:
-    """How one call went; `attempts` and `refused` (a retry that the quota did not pay) are what an error of aiokv's says."""
+    """The end of one call. `attempts`, and `refused` where the quota refused a retry, come from an error of aiokv."""
 
     began: float
     seconds: float
@@ -126,7 +126,7 @@ class Note:
 
 @dataclass
 class Outcome:
-    """What a contender has met in one scenario, of all rounds; latencies are in seconds."""
+    """The results of a contender in one scenario, of all rounds; latencies are in seconds."""
 
     sends: int = 0
     succeeded: list[float] = field(default_factory=list)
@@ -140,9 +140,9 @@ class Outcome:
 
     @classmethod
     def of(cls, notes: Sequence[Note], sends: int, lowest_tokens: int | None) -> Self:
-        """Sum up what was noted of each call."""
+        """Sum up the notes of all calls."""
         spent_at = min((note.began + note.seconds for note in notes if note.refused), default=math.inf)
-        # Of a call that was cut off nobody knows how often it was tried.
+        # A call that was cut off has no error that counts its attempts.
         later = [note.attempts for note in notes if note.began > spent_at and note.attempts]
         return cls(
             sends,
@@ -157,7 +157,7 @@ class Outcome:
         )
 
     def add(self, other: "Outcome") -> None:
-        """Add another round's."""
+        """Add the results of another round."""
         self.sends += other.sends
         self.succeeded += other.succeeded
         self.failed += other.failed
@@ -171,25 +171,25 @@ class Outcome:
 
     @property
     def calls(self) -> int:
-        """How many calls were made."""
+        """The number of calls."""
         return len(self.succeeded) + len(self.failed)
 
     @property
     def failed_share(self) -> float:
-        """Which share of them failed."""
+        """The share of the calls that failed."""
         return len(self.failed) / max(1, self.calls)
 
     @property
     def sends_per_call(self) -> float:
-        """How often each was sent on average."""
+        """The mean number of sends of a call."""
         return self.sends / max(1, self.calls)
 
     def latency_ms(self, share: float) -> float:
-        """Give a percentile of all calls."""
+        """Return a percentile of the latencies of all calls."""
         return percentile(self.succeeded + self.failed, share) * 1e3
 
     def row(self) -> dict[str, object]:
-        """Give the figures, by names that bear their units."""
+        """Return the figures, by names that hold their units."""
         return {
             "calls": self.calls,
             "succeeded": len(self.succeeded),
@@ -222,7 +222,7 @@ async def aiokv_get(url: str, *, hedge: bool) -> AsyncGenerator[AsyncGet]:
 
 @contextlib.asynccontextmanager
 async def tenacity_get(url: str) -> AsyncGenerator[AsyncGet]:
-    """Read with aiohttp, tried again as tenacity does by default."""
+    """Read with aiohttp, retried with tenacity's defaults."""
     import aiohttp  # noqa: PLC0415 (of one contender)
     import tenacity  # noqa: PLC0415 (likewise)
 
@@ -239,12 +239,12 @@ async def tenacity_get(url: str) -> AsyncGenerator[AsyncGet]:
 
 
 def official_get(url: str) -> Callable[[str], str | None]:
-    """Give the official client's `get`, with a token that it need not fetch: it would do so over TLS only."""
+    """Return the official client's `get`, with a token in place: the client would fetch one over TLS only."""
     from fal.toolkit import kv  # noqa: PLC0415 (the import takes seconds)
     from fal.toolkit.file.providers import fal as provider  # noqa: PLC0415 (likewise)
 
     kv.FAL_KV_HOST = url
-    provider.fal_v3_token_manager._token = provider.FalV3Token(  # noqa: SLF001 (there is no public way to give one)
+    provider.fal_v3_token_manager._token = provider.FalV3Token(  # noqa: SLF001 (there is no public way to set one)
         token="benchmark",  # noqa: S106 (the server asks for none)
         token_type="Bearer",  # noqa: S106 (likewise)
         base_upload_url="",
@@ -253,7 +253,7 @@ def official_get(url: str) -> Callable[[str], str | None]:
     return kv.KVStore(DB_NAME).get
 
 
-def note_of(began: float, key: str, value: str | None, error: Exception | None) -> Note:
+def judge_call(began: float, key: str, value: str | None, error: Exception | None) -> Note:
     """Judge a call that has just ended."""
     seconds = time.monotonic() - began
     if isinstance(error, CallError):
@@ -264,7 +264,7 @@ def note_of(began: float, key: str, value: str | None, error: Exception | None) 
 
 
 async def load_tasks(get: AsyncGet, order: Order, look: Callable[[], object]) -> list[Note]:
-    """Make the calls in tasks; `look` is called at the end of each."""
+    """Make the calls in tasks; call `look` at the end of each."""
     notes: list[Note] = []
     numbers = iter(range(order.calls))
     start = time.monotonic()
@@ -282,7 +282,7 @@ async def load_tasks(get: AsyncGet, order: Order, look: Callable[[], object]) ->
                     value = await get(key)
             except Exception as error:  # noqa: BLE001 (counted by kind; the load goes on)
                 failure = error
-            notes.append(note_of(began, key, value, failure))
+            notes.append(judge_call(began, key, value, failure))
             look()
 
     await asyncio.gather(*(make_calls() for _ in range(order.concurrency)))
@@ -306,7 +306,7 @@ def load_threads(get: Callable[[str], str | None], order: Order) -> list[Note]:
                 value = get(key)
             except Exception as error:  # noqa: BLE001 (counted by kind; the load goes on)
                 failure = error
-            notes.append(note_of(began, key, value, failure))
+            notes.append(judge_call(began, key, value, failure))
 
     # The official client prints each of its retries.
     with (
@@ -315,13 +315,13 @@ def load_threads(get: Callable[[str], str | None], order: Order) -> list[Note]:
         contextlib.redirect_stderr(nowhere),
         ThreadPoolExecutor(order.concurrency) as threads,
     ):
-        for made in [threads.submit(make_calls) for _ in range(order.concurrency)]:
-            made.result()
+        for future in [threads.submit(make_calls) for _ in range(order.concurrency)]:
+            future.result()
     return notes
 
 
 async def work(name: str, url: str) -> None:
-    """Be one contender: make calls as standard input says, a line an order, until it ends."""
+    """Run a contender's process: for each order, a line of standard input, make its calls; end when standard input does."""
     host = url.removeprefix("http://")
     sys.addaudithook(lambda event, arguments: _connects.append(arguments[1]) if event == "socket.connect" else None)
     quota = quota_of(host) if name in {AIOKV, HEDGED} else None
@@ -343,7 +343,7 @@ async def work(name: str, url: str) -> None:
         out = sys.stdout.buffer
         out.write(b"ready\n")
         out.flush()
-        # In a thread: meanwhile the loop notices what becomes of the connections that are kept.
+        # In a thread, so that the loop notices meanwhile when a pooled connection is closed.
         while line := await asyncio.to_thread(sys.stdin.buffer.readline):
             order = Order(**orjson.loads(line))
             lowest = QUOTA_TOKENS
@@ -357,7 +357,7 @@ async def work(name: str, url: str) -> None:
 
 
 class Worker:
-    """A contender's process, as this one sees it."""
+    """The process of a contender, seen from the measuring process."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self._name = name
@@ -365,8 +365,8 @@ class Worker:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def started(cls, name: str, url: str) -> AsyncGenerator[Self]:
-        """Start it, and stop it whatever happens."""
+    async def start(cls, name: str, url: str) -> AsyncGenerator[Self]:
+        """Start the process, and stop it at the end."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("AIOKV_", "FAL_"))}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, __file__, f"--worker={name}", f"--url={url}"),
@@ -377,7 +377,7 @@ class Worker:
         )
         worker = cls(name, process)
         try:
-            await worker._line(GRACE_SECONDS)
+            await worker._read_line(GRACE_SECONDS)
             yield worker
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -385,25 +385,25 @@ class Worker:
             await process.wait()
 
     async def run(self, order: Order) -> Outcome:
-        """Have calls made; the outcome's sends are the attempts to connect."""
+        """Have the process make calls; the sends of the outcome are its attempts to connect."""
         if self._process.stdin is None:
-            raise AssertionError("it was started with a pipe")
+            raise AssertionError("the process was started with a pipe")
         self._process.stdin.write(orjson.dumps(order) + b"\n")
-        reply = orjson.loads(await self._line(order.seconds + GRACE_SECONDS))
+        reply = orjson.loads(await self._read_line(order.seconds + GRACE_SECONDS))
         return Outcome(**{**reply, "failures": Counter(reply["failures"])})
 
-    async def _line(self, bound_seconds: float) -> bytes:
+    async def _read_line(self, bound_seconds: float) -> bytes:
         if self._process.stdout is None:
-            raise AssertionError("it was started with a pipe")
+            raise AssertionError("the process was started with a pipe")
         async with asyncio.timeout(bound_seconds):
             line = await self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of {self._name} has ended; what it said stands above")
+            raise RuntimeError(f"the process of {self._name} has ended; its output is above")
         return line
 
 
 class Estimate:
-    """What is left to do, in seconds of load, shown while it is done."""
+    """The progress of all runs, in seconds of load."""
 
     def __init__(self, total_seconds: float) -> None:
         self._total_seconds = total_seconds
@@ -411,13 +411,13 @@ class Estimate:
 
     @contextlib.asynccontextmanager
     async def during(self, seconds: float) -> AsyncGenerator[None]:
-        """Show the progress of a part that takes about so long."""
+        """Show the progress during a run of about so many seconds."""
 
         async def show() -> None:
             began = time.monotonic()
             while True:
                 done = self._done_seconds + min(seconds, time.monotonic() - began)
-                # The last step is for the end itself.
+                # Only `end` shows the last step.
                 progress(min(int(done), math.ceil(self._total_seconds) - 1), math.ceil(self._total_seconds), "seconds of load")
                 await asyncio.sleep(0.5)
 
@@ -429,7 +429,7 @@ class Estimate:
             self._done_seconds += seconds
 
     def end(self) -> None:
-        """Show that all is done."""
+        """Show that all runs are done."""
         progress(1, 1, "seconds of load: done")
 
 
@@ -440,7 +440,7 @@ class Measurement:
     """Every run of every contender, one after the other.
 
     Args:
-        proxy: What all requests go through.
+        proxy: The proxy that all requests go through.
         workers: The contenders.
         options: The command line.
     """
@@ -455,19 +455,19 @@ class Measurement:
         self.outcomes: Outcomes = {}
 
     async def run(self) -> Outcomes:
-        """Make all of it."""
+        """Run all scenarios, then the outages."""
         for number in range(self._options.rounds):
             names = list(self._workers)[:: -1 if number % 2 else 1]
             for scenario in SCENARIOS:
                 for name in names:
                     if scenario != UNPACED or name == AIOKV:
-                        await self._one(scenario, name, number)
+                        await self._run_once(scenario, name, number)
         for name in self._workers:
-            await self._outage(name)
+            await self._run_outage(name)
         self._estimate.end()
         return self.outcomes
 
-    async def _one(self, scenario: str, name: str, number: int) -> None:
+    async def _run_once(self, scenario: str, name: str, number: int) -> None:
         share, faults = SCENARIOS[scenario]
         calls, seconds = self._options.calls, self._options.calls / self._options.rate
         interval_seconds = 1 / self._options.rate
@@ -478,13 +478,13 @@ class Measurement:
         async with self._estimate.during(seconds + WARM_UP_CALLS / self._options.rate):
             self._proxy.faults = with_probability(share, *faults, seed=self._options.seed + number)
             outcome = await self._workers[name].run(self._order(calls, interval_seconds))
-            # A request that its client has given up may be on its way still.
+            # A request that its client gave up may still be on its way.
             await asyncio.sleep(0.05)
             self._proxy.faults = None
         outcome.sends = len(self._proxy.requests)
         self.outcomes.setdefault(scenario, {}).setdefault(name, Outcome()).add(outcome)
 
-    async def _outage(self, name: str) -> None:
+    async def _run_outage(self, name: str) -> None:
         seconds = self._options.outage_seconds
         await self._warm_up(name)
         order = self._order(math.ceil(seconds * self._options.rate), 1 / self._options.rate, seconds)
@@ -492,7 +492,7 @@ class Measurement:
             self.outcomes.setdefault(OUTAGE, {})[name] = await self._workers[name].run(order)
 
     async def _warm_up(self, name: str) -> None:
-        # At the same pace: a burst would have the hedger believe that answers take long.
+        # At the same pace: in a burst the hedger would learn that answers take long.
         await self._workers[name].run(self._order(WARM_UP_CALLS, 1 / self._options.rate))
         self._proxy.requests.clear()
 
@@ -501,12 +501,12 @@ class Measurement:
 
 
 async def measure(address: str, options: argparse.Namespace) -> Outcomes:
-    """Store the values, start what takes part, and measure."""
+    """Store the values, start the contenders, and measure."""
     async with AsyncKVStore(DB_NAME, url=address) as store:
         await store.set_many(VALUES)
     async with FaultProxy(address) as proxy, contextlib.AsyncExitStack() as stack:
         # One after the other: an import takes a core.
-        workers = {name: await stack.enter_async_context(Worker.started(name, proxy.url)) for name in options.contenders}
+        workers = {name: await stack.enter_async_context(Worker.start(name, proxy.url)) for name in options.contenders}
         return await Measurement(proxy, workers, options).run()
 
 
@@ -525,12 +525,12 @@ def describe(outcomes: Outcomes, options: argparse.Namespace) -> None:
     )
     print(f"  {'':<20} {'':<14} {'':>6} {'%':>9} {'per call':>9} {'ms':>8} {'ms':>8} {'ms':>8} {'':>7} {'ms':>9} {'ms':>8}")
     for scenario, of_contenders in outcomes.items():
-        for place, (name, outcome) in enumerate(of_contenders.items()):
+        for position, (name, outcome) in enumerate(of_contenders.items()):
             failed = "        -        -"
             if outcome.failed:
                 failed = f"{percentile(outcome.failed, 0.5) * 1e3:9.1f}{max(outcome.failed) * 1e3:9.1f}"
             print(
-                f"  {scenario if place == 0 else '':<20} {name:<14} {outcome.calls:6}"
+                f"  {scenario if position == 0 else '':<20} {name:<14} {outcome.calls:6}"
                 f" {100 * (1 - outcome.failed_share):9.3f} {outcome.sends_per_call:9.3f}"
                 f" {outcome.latency_ms(0.5):8.1f} {outcome.latency_ms(0.99):8.1f} {outcome.latency_ms(0.999):8.1f}"
                 f" {len(outcome.failed):7} {failed}"
@@ -547,7 +547,7 @@ def describe(outcomes: Outcomes, options: argparse.Namespace) -> None:
 
 
 def upper_bound(failed: int, calls: int) -> float:
-    """Give the share of failures below which the true one is with 95 % confidence (Poisson, one-sided)."""
+    """Return an upper bound of the true share of failures, with 95 % confidence (Poisson, one-sided)."""
     low, high = 0.0, failed + 20.0 + 10.0 * math.sqrt(failed)
     for _ in range(60):
         mean = (low + high) / 2
@@ -557,7 +557,7 @@ def upper_bound(failed: int, calls: int) -> float:
 
 
 def judge(outcomes: Outcomes) -> dict[str, bool]:
-    """Print the aims, and say which were met."""
+    """Print the aims; return which were met."""
     print()
     met: dict[str, bool] = {}
     many = outcomes[UNPACED].get(AIOKV) if UNPACED in outcomes else None
@@ -584,23 +584,23 @@ def judge(outcomes: Outcomes) -> dict[str, bool]:
 
 
 def plot(outcomes: Outcomes, options: argparse.Namespace) -> None:
-    """Draw what fails, how often a call is sent, how long calls take, and the tail where answers stall."""
+    """Draw the failures, the sends of a call, the latencies, and the tail where answers stall."""
     import matplotlib as mpl  # noqa: PLC0415 (only for those who want a plot)
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 (after the choice of what draws)
+    from matplotlib import pyplot as plt  # noqa: PLC0415 (after the choice of the backend)
 
     figure, ((failed, sends), (latency, tail)) = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
     scenarios = [scenario for scenario in outcomes if scenario != UNPACED]
     width = 0.8 / len(options.contenders)
-    for place, name in enumerate(options.contenders):
+    for position, name in enumerate(options.contenders):
         of_scenarios = [outcomes[scenario][name] for scenario in scenarios]
-        at = [number + (place - (len(options.contenders) - 1) / 2) * width for number in range(len(scenarios))]
+        at = [number + (position - (len(options.contenders) - 1) / 2) * width for number in range(len(scenarios))]
         failed.bar(at, [100 * outcome.failed_share for outcome in of_scenarios], width, label=name)
         sends.bar(at, [outcome.sends_per_call for outcome in of_scenarios], width, label=name)
         middle = [outcome.latency_ms(0.5) for outcome in of_scenarios]
         high, highest = ([outcome.latency_ms(share) for outcome in of_scenarios] for share in (0.99, 0.999))
-        color = f"C{place}"
+        color = f"C{position}"
         latency.vlines(at, middle, highest, color=color, label=name)
         for marker, values in (("o", middle), ("s", high), ("^", highest)):
             latency.plot(at, values, marker, color=color, markersize=5)
@@ -627,7 +627,7 @@ def plot(outcomes: Outcomes, options: argparse.Namespace) -> None:
 
 
 def write_json(outcomes: Outcomes, met: Mapping[str, bool], options: argparse.Namespace) -> None:
-    """Write every figure down."""
+    """Write all figures to a file."""
     chosen = {name: value for name, value in vars(options).items() if name not in {"worker", "url", "plot", "json", "quick"}}
     rows = [
         {"scenario": scenario, "contender": name, **outcome.row()}
@@ -642,7 +642,7 @@ def write_json(outcomes: Outcomes, met: Mapping[str, bool], options: argparse.Na
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # What --quick takes instead stands beside each.
+    # Each with its default, and its value with --quick.
     sizes: dict[str, tuple[type, float, float, str]] = {
         "rounds": (int, 4, 1, "rounds of every contender in every scenario"),
         "calls": (int, 1000, 60, "calls of each contender in each scenario of a round"),
@@ -654,7 +654,7 @@ def parse() -> argparse.Namespace:
     }
     for name, (kind, default, quick, what) in sizes.items():
         parser.add_argument(f"--{name}", type=kind, help=f"{what} (default: {default:g}, with --quick {quick:g})")
-    parser.add_argument("--seed", type=int, default=0, help="where the draws of faults begin (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first round's faults (default: %(default)s)")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="try whether the script works")
     parser.add_argument("--plot", metavar="FILE", help="draw a PNG (needs matplotlib)")
@@ -674,7 +674,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Run the measurement."""
     options = parse()
-    # Each retry is a warning otherwise.
+    # By default each retry logs a warning.
     logging.basicConfig(level=logging.ERROR)
     if options.worker is not None:
         asyncio.run(work(options.worker, options.url))

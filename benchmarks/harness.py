@@ -1,4 +1,4 @@
-"""What the measuring scripts share: alternating batches, medians, and a line that says where they ran."""
+"""Shared parts of the measuring scripts: medians, aims, and a line that says where they ran."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def where() -> str:
-    """Say what machine, Python and commit the figures are of."""
+    """Return the machine, the Python and the commit that the figures belong to."""
     commit = subprocess.run(
         ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"],  # noqa: S607
         capture_output=True,
@@ -24,7 +24,7 @@ def where() -> str:
 
 
 def report(title: str, unit: str, samples: Mapping[str, Sequence[float]], base: str) -> float:
-    """Print each contender's median and spread, and its ratio to `base` taken pair by pair; give the last ratio."""
+    """Print each contender's median and spread, and its ratio to `base` taken pair by pair; return the last ratio."""
     print(f"\n{title}\n{where()}, {len(samples[base])} alternating batches")
     width = max(map(len, samples))
     ratio = 1.0
@@ -38,26 +38,26 @@ def report(title: str, unit: str, samples: Mapping[str, Sequence[float]], base: 
 
 
 def progress(done: int, total: int, what: str) -> None:
-    """Show how far a measurement is, on a terminal only."""
+    """Show the progress of a measurement, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r{what}: {done} of {total} ", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def verdict(what: str, ratio: float, aim: float) -> bool:
-    """Print whether a ratio is at most what is aimed at, and say so."""
+    """Print and return whether a ratio is at most its aim."""
     met = ratio <= aim
     print(f"  aim: {what} at most {aim:g} x: {'met' if met else 'MISSED'} ({ratio:.3g} x)")
     return met
 
 
 def paired_ratio(values: Sequence[float], base: Sequence[float]) -> float:
-    """Give the median ratio of two contenders, taken batch by batch."""
+    """Return the median ratio of two contenders, taken batch by batch."""
     return statistics.median(value / other for value, other in zip(values, base, strict=True))
 
 
 @contextlib.contextmanager
 def served(store_url: str) -> Generator[str]:
-    """Run `aiokv serve` in a process of its own, give its address, and stop it whatever happens."""
+    """Run `aiokv serve` in a process of its own; yield its address, and stop it at the end."""
     with subprocess.Popen(
         [sys.executable, "-m", "aiokv", "serve", "--port", "0", "--store", store_url], stderr=subprocess.PIPE, text=True
     ) as server:

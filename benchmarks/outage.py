@@ -1,8 +1,11 @@
-"""What calls of a cached function cost while the store is refused, slow or talking nonsense, and when it comes back.
+"""Latency that `kv_cached` adds while its store is refused, slow or talks nonsense, and after the store recovers.
 
-A steady load of calls, each of another key; what is added to the function's own time is measured, and every result checked.
-Refused is a port where nobody listens, nonsense a server that answers every request with a page. Slow is a server that
-takes ten seconds, and that gets well on the way.
+The load is steady, each call has another key, and every result is checked. The function itself takes no time, so the whole
+time of a call is added latency.
+
+  refused   nobody listens at the port
+  slow      the server takes ten seconds to answer, and recovers at the end
+  nonsense  the server answers every request with an HTML page
 """
 
 import argparse
@@ -17,6 +20,7 @@ from aiohttp import web
 from harness import progress, where
 
 from aiokv import AsyncKVStore, RetryPolicy, kv_cached
+from aiokv.caching.access import access_of
 
 MAX_LATER_SECONDS = 0.001
 
@@ -24,13 +28,13 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.Response]]
 
 
 class State:
-    """What the server behind the store does at the moment."""
+    """What the slow server does now."""
 
-    ill = True
+    stalls = True
 
 
 async def serve(handler: Handler) -> tuple[web.ServerRunner, str]:
-    """Run a server; give it and its address."""
+    """Run a server; return it and its address."""
     runner = web.ServerRunner(web.Server(handler), shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -39,9 +43,9 @@ async def serve(handler: Handler) -> tuple[web.ServerRunner, str]:
 
 
 async def slow(request: web.BaseRequest) -> web.Response:
-    """Take ten seconds while ill; then know no key and take every value."""
+    """Take ten seconds while `State.stalls`; then know no key and accept every value."""
     await request.read()
-    if State.ill:
+    if State.stalls:
         await asyncio.sleep(10)
     if request.method == "GET":
         return web.json_response({"error": "no such key"}, status=404)
@@ -55,7 +59,7 @@ async def nonsense(request: web.BaseRequest) -> web.Response:
 
 
 async def measure(name: str, url: str, options: argparse.Namespace) -> bool:
-    """Keep up a load, and print what it cost; say whether the aims were met."""
+    """Run the load, print what it cost, and return whether the aims were met."""
     store = AsyncKVStore("outage", url=url, retry=RetryPolicy())
     added: list[tuple[float, float]] = []
     wrong = 0
@@ -88,17 +92,18 @@ async def measure(name: str, url: str, options: argparse.Namespace) -> bool:
         f"later: median {median * 1e3:.3f} ms, 99 % {high * 1e3:.3f} ms"
     )
     if name == "slow":
-        State.ill = False
-        well, errors = time.perf_counter(), double.info().store_errors
-        while double._cache._here is not None and double._cache._here[3].breaker.open:  # noqa: ASYNC110, SLF001 (seen from outside)
+        State.stalls = False
+        recovered, errors = time.perf_counter(), double.info().store_errors
+        reads = access_of(store.target).breaker.reads
+        while reads.is_open(options.read_timeout):  # noqa: ASYNC110 (seen from outside)
             await asyncio.sleep(0.01)
         print(
-            f"            used again {time.perf_counter() - well:.1f} s after it got well, "
+            f"            used again {time.perf_counter() - recovered:.1f} s after it recovered, "
             f"with {double.info().store_errors - errors} more failures"
         )
     await double.aclose()
     await store.aclose()
-    # A late timer on a busy machine is not the cache's: the bound gets some room, and later calls are judged by their median.
+    # A busy machine fires timers late: so the bound has some room, and later calls are judged by their median.
     return wrong == 0 and first < bound and median < MAX_LATER_SECONDS
 
 

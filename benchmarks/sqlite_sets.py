@@ -1,7 +1,7 @@
 """Durable sets a second through SQLite: concurrent sets in groups, against one commit for each set.
 
 Both use one table and `synchronous=FULL` in WAL mode, in the same folder, in alternating batches. The peer is Python's own
-sqlite3 in a plain loop, with nothing of asyncio around it.
+sqlite3 in a plain loop, without asyncio.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from harness import progress, report
 from aiokv.backends.sqlite import SqliteBackend
 
 
-def connected(path: Path) -> sqlite3.Connection:
-    """Open the peer's file, set up as aiokv sets up its own."""
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the peer's file with the settings of aiokv's own files."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
@@ -28,15 +28,15 @@ def connected(path: Path) -> sqlite3.Connection:
 
 
 def one_commit_per_set(connection: sqlite3.Connection, sets: int, value: str) -> float:
-    """Set one after the other, each in its own transaction; give sets a second."""
+    """Set one key after the other, each in its own transaction; return sets a second."""
     started = time.perf_counter()
     for number in range(sets):
         connection.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", (f"key-{number}", time.time() + 60, value))
     return sets / (time.perf_counter() - started)
 
 
-async def grouped(backend: SqliteBackend, sets: int, value: str, concurrency: int) -> float:
-    """Set from many tasks; give sets a second."""
+async def set_from_tasks(backend: SqliteBackend, sets: int, value: str, concurrency: int) -> float:
+    """Set from many tasks; return sets a second."""
     remaining = iter(range(sets))
 
     async def work() -> None:
@@ -49,18 +49,18 @@ async def grouped(backend: SqliteBackend, sets: int, value: str, concurrency: in
 
 
 async def measure(folder: Path, options: argparse.Namespace) -> float:
-    """Alternate the contenders and print what each does."""
+    """Alternate the contenders and print the results of each."""
     value = "x" * options.value_bytes
     backend = SqliteBackend(folder / "grouped.db")
     await backend.get("bench", "opens the file")
-    connection = connected(folder / "single.db")
+    connection = connect(folder / "single.db")
     samples: dict[str, list[float]] = {"one commit per set": [], "aiokv, one at a time": [], "aiokv, concurrent": []}
     for batch in range(options.batches):
         progress(batch, options.batches, "batches")
-        # A flush is the machine's own time: each contender does as many sets as take about as long.
+        # A flush takes what the disk needs, so each contender gets a number of sets that takes about the same time.
         samples["one commit per set"].append(await asyncio.to_thread(one_commit_per_set, connection, options.sets // 10, value))
-        samples["aiokv, one at a time"].append(await grouped(backend, options.sets // 10, value, 1))
-        samples["aiokv, concurrent"].append(await grouped(backend, options.sets, value, options.concurrency))
+        samples["aiokv, one at a time"].append(await set_from_tasks(backend, options.sets // 10, value, 1))
+        samples["aiokv, concurrent"].append(await set_from_tasks(backend, options.sets, value, options.concurrency))
     progress(options.batches, options.batches, "batches")
     await backend.aclose()
     connection.close()

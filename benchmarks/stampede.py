@@ -1,15 +1,16 @@
 """How often several processes compute the same result when it expires, with `kv_cached` and without its early refresh.
 
 Some processes share one `aiokv serve` server. Each calls one decorated function at a constant rate, whether or not earlier
-calls have been answered; the function takes a while (a sleep) and logs when it was run. This is done once for each way:
+calls have been answered. The function sleeps for a while and logs its start. This is done once for each way:
 
-  early=0  the naive cache: when the result expires, every process finds that at once, and each computes it
-  early=1  the default: now and then a hit computes anew in the background, the likelier the nearer the end
-  stale    early=0 and stale_while_revalidate: who finds an expired result serves it, and computes behind that
+  early=0  the naive cache: when the result expires, every process notices at once, and each computes it
+  early=1  the default: now and then a hit starts a background refresh, more and more likely as the end comes near
+  stale    early=0 and stale_while_revalidate: a call returns the expired result, and starts a background refresh
 
-Computations that begin within half a ttl of the first are of one expiry; the cold start and an expiry that the end of the
-run cuts off are left out. A call's latency counts from the moment it was due. It is late where it took longer than half a
-computation. A result's age counts from the beginning of its computation; it is stale where that is past the ttl.
+Computations that begin within half a ttl of the first belong to one expiry. The cold start is left out, and so is an expiry
+that the end of the run cuts off. The latency of a call counts from the moment at which it was due. A call is late where it
+took longer than half a computation. The age of a result counts from the start of its computation. A result is stale where
+its age is over the ttl.
 
   python benchmarks/stampede.py                         about two minutes
   python benchmarks/stampede.py --duration 15 --plot stampede.png
@@ -46,24 +47,24 @@ WAYS: dict[str, dict[str, Any]] = {
 START_SECONDS = 0.5
 GRACE_SECONDS = 15.0
 
-# Of a worker process: where it logs, and how long its function takes.
+# In a worker process: the starts of its computations, and how long its function takes.
 _log: list[float] = []
 _compute_seconds = 0.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way gave, of all processes; times are in seconds from the common start."""
+    """The results of one way, of all processes; times are in seconds from the common start."""
 
     computations: Sequence[float]
     calls: Sequence[tuple[float, float, float]]
-    """When each was due, its latency, and the age of what it got."""
+    """For each call: when it was due, its latency, and the age of its result."""
     failures: int
     missing: int
 
 
 async def expensive(name: str) -> dict[str, Any]:
-    """Take a while; log when and say so."""
+    """Take a while; log the start, and return it."""
     began = time.time()
     _log.append(began)
     await asyncio.sleep(_compute_seconds)
@@ -71,7 +72,7 @@ async def expensive(name: str) -> dict[str, Any]:
 
 
 async def load(cached: "CachedFunction[[str], dict[str, Any]]", options: argparse.Namespace) -> dict[str, Any]:
-    """Call at a constant rate from the common start on, and note what each call gave."""
+    """Call at a constant rate from the common start on, and record each call."""
     calls: list[tuple[float, float, float]] = []
     failures = 0
 
@@ -79,7 +80,7 @@ async def load(cached: "CachedFunction[[str], dict[str, Any]]", options: argpars
         nonlocal failures
         try:
             result = await cached("report")
-        except Exception as error:  # noqa: BLE001 (counted and told; the load goes on)
+        except Exception as error:  # noqa: BLE001 (counted and printed; the load goes on)
             failures += 1
             print(f"a call failed: {error!r}", file=sys.stderr)
         else:
@@ -88,7 +89,7 @@ async def load(cached: "CachedFunction[[str], dict[str, Any]]", options: argpars
 
     async with asyncio.TaskGroup() as group:
         for number in range(int(options.duration * options.rate)):
-            # Each process at another phase, as independent ones are.
+            # Each process calls at another phase, as independent processes do.
             due = options.start_at + (number + options.worker / options.processes) / options.rate
             await asyncio.sleep(max(0.0, due - time.time()))
             group.create_task(call(due))
@@ -97,7 +98,7 @@ async def load(cached: "CachedFunction[[str], dict[str, Any]]", options: argpars
 
 
 async def work(options: argparse.Namespace) -> None:
-    """Be one process: wait for the start, put load on, write what was had, and stop when standard input ends."""
+    """Run a worker process: wait for the start, make the calls, write the results; stop when standard input ends."""
     global _compute_seconds  # noqa: PLW0603 (the decorated function is the module's, its time an option)
     _compute_seconds = options.compute
     async with AsyncKVStore("stampede", url=options.url, credentials="bench:secret") as store:
@@ -110,7 +111,7 @@ async def work(options: argparse.Namespace) -> None:
         options.start_at = float(start)
         task = asyncio.current_task()
         if task is not None:
-            # The measuring process holds the other end: where it has gone, however it went, so does this one.
+            # The measuring process holds the other end: if that process dies, this one stops, too.
             asyncio.get_running_loop().add_reader(sys.stdin.fileno(), task.cancel)
         async with asyncio.timeout(options.start_at - time.time() + options.duration + GRACE_SECONDS):
             result = await load(cached, options)
@@ -119,7 +120,7 @@ async def work(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def workers(way: str, address: str, folder: Path, options: argparse.Namespace) -> Generator[list[Path]]:
-    """Start the processes, give the files they have written, and stop whatever still runs at the end."""
+    """Start the processes, yield the files that they wrote, and at the end stop those that still run."""
     shared = [f"--{name}={getattr(options, name)}" for name in ("duration", "rate", "ttl", "compute", "processes")]
     running: list[subprocess.Popen[bytes]] = []
     files = [folder / f"{way}-{worker}.json" for worker in range(options.processes)]
@@ -130,7 +131,7 @@ def workers(way: str, address: str, folder: Path, options: argparse.Namespace) -
             running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         for process in running:
             if process.stdout is None or not process.stdout.readline():
-                raise RuntimeError("a process could not start; what it said stands above")
+                raise RuntimeError("a process could not start; its output is above")
         start_at = time.time() + START_SECONDS
         for process in running:
             if process.stdin is not None:
@@ -151,11 +152,11 @@ def workers(way: str, address: str, folder: Path, options: argparse.Namespace) -
 
 
 def run(way: str, address: str, folder: Path, options: argparse.Namespace) -> Outcome:
-    """Put load on in one way, and gather what all processes have noted."""
+    """Run the load in one way, and gather the results of all processes."""
     results: list[dict[str, Any]] = []
     with workers(way, address, folder, options) as files:
         for file in files:
-            # A process that did not end well has written none.
+            # A process that failed has written no file.
             with contextlib.suppress(OSError, ValueError):
                 results.append(orjson.loads(file.read_bytes()))
     return Outcome(
@@ -167,7 +168,7 @@ def run(way: str, address: str, folder: Path, options: argparse.Namespace) -> Ou
 
 
 def expiries(computations: Sequence[float], options: argparse.Namespace) -> tuple[int, list[tuple[float, int]]]:
-    """Tell the computations of one expiry from those of the next; give those of the cold start, and each later expiry's."""
+    """Group computations by expiry; return the count of the cold start, then start and count of each later expiry."""
     groups: list[list[float]] = []
     for began in computations:
         if not groups or began - groups[-1][0] > options.ttl / 2:
@@ -178,13 +179,13 @@ def expiries(computations: Sequence[float], options: argparse.Namespace) -> tupl
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Give the value that `share` of all do not exceed."""
+    """Return the value that `share` of all values do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
 def describe(way: str, outcome: Outcome, options: argparse.Namespace) -> float:
-    """Print what one way gave; give its computations an expiry."""
+    """Print the results of one way; return its computations an expiry."""
     cold, whole = expiries(outcome.computations, options)
     each = statistics.mean(count for _, count in whole) if whole else math.nan
     latencies = [latency for due, latency, _ in outcome.calls if due > options.ttl]
@@ -199,7 +200,7 @@ def describe(way: str, outcome: Outcome, options: argparse.Namespace) -> float:
         f" failed {outcome.failures}"
     )
     if outcome.missing:
-        print(f"           {outcome.missing} of {options.processes} processes did not end well: these figures lack theirs")
+        print(f"           {outcome.missing} of {options.processes} processes failed: the figures do not count them")
     return each
 
 
@@ -208,13 +209,15 @@ def plot(outcomes: Mapping[str, Outcome], options: argparse.Namespace) -> None:
     import matplotlib as mpl  # noqa: PLC0415 (only for those who want a plot)
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 (after the choice of what draws)
+    from matplotlib import pyplot as plt  # noqa: PLC0415 (after the choice of the backend)
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(10, 8), layout="constrained")
     width = options.ttl / (len(outcomes) + 2)
-    for place, (way, outcome) in enumerate(outcomes.items()):
+    for position, (way, outcome) in enumerate(outcomes.items()):
         _, whole = expiries(outcome.computations, options)
-        above.bar([began + place * width for began, _ in whole], [count for _, count in whole], width, label=way, align="edge")
+        above.bar(
+            [began + position * width for began, _ in whole], [count for _, count in whole], width, label=way, align="edge"
+        )
         latencies = sorted(latency * 1e3 for due, latency, _ in outcome.calls if due > options.ttl)
         below.step(latencies, [1 - rank / len(latencies) for rank in range(len(latencies))], where="post", label=way)
     above.set(xlabel="seconds", ylabel="computations of an expiry", title="How often one expiry makes processes compute")
@@ -261,7 +264,7 @@ def main() -> int:
         return 0
     if options.plot:
         try:
-            import matplotlib  # noqa: F401, ICN001, PLC0415 (asked for now, not after two minutes)
+            import matplotlib  # noqa: F401, ICN001, PLC0415 (checked now, not after two minutes)
         except ImportError:
             print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
             return 2
@@ -280,8 +283,8 @@ def main() -> int:
     if "early=1" in each:
         below = each["early=1"] < options.aim
         met &= below
-        told = f"{'met' if below else 'MISSED'} ({each['early=1']:.2f})"
-        print(f"  aim: early=1 below {options.aim:g} computations an expiry: {told}")
+        result = f"{'met' if below else 'MISSED'} ({each['early=1']:.2f})"
+        print(f"  aim: early=1 below {options.aim:g} computations an expiry: {result}")
     return 0 if met else 1
 
 

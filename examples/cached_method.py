@@ -9,7 +9,7 @@ from aiokv import AsyncKVStore, NearCache, kv_cached
 
 @dataclass
 class App:
-    """What a model's runner might look like; the model's name counts in the key, the store does not."""
+    """A runner of a model. The name of the model counts in the key, the store does not."""
 
     model: str
     kv: AsyncKVStore

@@ -1,4 +1,4 @@
-"""Watch values go through a store: the one that AIOKV_URL names, else a file in this folder."""
+"""Set, get and delete values in the store of AIOKV_URL, or else in a file of this folder."""
 
 import asyncio
 import os

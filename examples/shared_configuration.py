@@ -1,4 +1,4 @@
-"""Share configuration between runners: one writes, the others read what is current, with a default until it is there."""
+"""Share configuration between runners: one process writes it, the others read it, or a default while there is none."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ async def main() -> None:
     async with AsyncKVStore("configuration") as store:
         await store.delete("settings")
         await runner("before", store)
-        # Every entry expires, 30 days from now at the latest: whoever owns the configuration sets it anew from time to time.
+        # Every entry expires after 30 days at the latest, so the owner of the configuration sets it again from time to time.
         await store.set_json("settings", {"model": "large", "max_batch": 16})
         await asyncio.gather(*(runner(f"runner {number}", store) for number in range(3)))
 

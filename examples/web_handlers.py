@@ -1,4 +1,4 @@
-"""Share one store between the handlers of a web application, opened and closed with it."""
+"""Share one store between the handlers of a web application, which opens and closes it."""
 
 import asyncio
 import os
@@ -25,12 +25,12 @@ async def get_report(request: web.Request) -> web.Response:
 async def get_visits(request: web.Request) -> web.Response:
     kv = request.app[STORE]
     visits = (await kv.get_json("visits", default=0)) + 1
-    # Last write wins: two visits at once may count as one. A counter would need more than this store has.
+    # The last write wins: two visits at once may count as one. This store has no counters.
     await kv.set_json("visits", visits)
     return web.json_response({"visits": visits})
 
 
-async def opened_store(app: web.Application) -> AsyncIterator[None]:
+async def open_store(app: web.Application) -> AsyncIterator[None]:
     async with store:
         app[STORE] = store
         yield
@@ -38,7 +38,7 @@ async def opened_store(app: web.Application) -> AsyncIterator[None]:
 
 async def main() -> None:
     app = web.Application()
-    app.cleanup_ctx.append(opened_store)
+    app.cleanup_ctx.append(open_store)
     app.add_routes([web.get("/report/{year}", get_report), web.get("/visits", get_visits)])
     runner = web.AppRunner(app)
     await runner.setup()

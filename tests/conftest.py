@@ -1,5 +1,8 @@
 """Fixtures that every test sees."""
 
+import asyncio
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,34 @@ from aiokv.backends.http.retry import reset_quotas
 # Machines differ in speed; the time limit of a test is pytest's. Derandomised, so that a failure is the same everywhere.
 settings.register_profile("aiokv", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("aiokv")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--eager-tasks", action="store_true", help="run tests under asyncio.eager_task_factory (Python 3.12 or later)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--eager-tasks"):
+        if sys.version_info < (3, 12):
+            raise pytest.UsageError("--eager-tasks needs Python 3.12 or later; leave it out")
+        # Registered only then: where the hook exists, it must name a factory.
+        config.pluginmanager.register(EagerTasks(), "aiokv-eager-tasks")
+
+
+class EagerTasks:
+    """The hook that gives each test an event loop whose tasks begin at once."""
+
+    @staticmethod
+    def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+        return {"eager": new_eager_loop}
+
+
+def new_eager_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined] # 3.12+
+    return loop
 
 
 @pytest.fixture(autouse=True)

@@ -30,15 +30,26 @@ async def no_wait(_seconds: float) -> None:
     await asyncio.sleep(0)
 
 
+def all_texts(error: BaseException) -> str:
+    """Return all that an error and the errors behind it could show in a log or a traceback."""
+    texts: list[str] = []
+    links: list[BaseException | None] = [error]
+    while links:
+        if (link := links.pop()) is not None:
+            texts += [str(link), repr(link), repr(link.args), repr(vars(link))]
+            links += [link.__cause__, link.__context__]
+    return "\n".join(texts)
+
+
 def clean_environment(home: Path) -> dict[str, str]:
-    """Give a child process's environment without credentials of the machine's user."""
+    """Return the environment of a child process, without credentials of the machine's user."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "AIOKV_"))}
     return {**kept, "HOME": str(home)}
 
 
 @contextlib.contextmanager
 def served_process(*arguments: str, home: Path) -> Generator[tuple[subprocess.Popen[str], str]]:
-    """Run `aiokv serve` as a process of its own; give it and its address once it accepts connections."""
+    """Run `aiokv serve` as a process of its own; yield it and its address once it accepts connections."""
     process = subprocess.Popen(
         [sys.executable, "-m", "aiokv", "serve", "--port", "0", *arguments],
         stderr=subprocess.PIPE,

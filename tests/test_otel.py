@@ -238,7 +238,7 @@ async def test_concurrent_calls_have_spans_of_their_own(watch: Watch) -> None:
     inside = await asyncio.gather(*calls)
     assert len(set(inside)) == 20
     assert set(inside) == {f"{span.context.span_id:016x}" for span in watch.spans() if span.context}
-    assert not watch.observer._open
+    assert not watch.observer._spans
     assert trace.get_current_span() is trace.INVALID_SPAN
 
 
@@ -350,7 +350,7 @@ async def test_cancelled_call_is_told_apart_and_is_no_failure(watch: Watch) -> N
     for attributes in (span.attributes or {}, point.attributes):
         assert attributes["aiokv.cancelled"] is True
         assert ERROR_TYPE not in attributes
-    assert not watch.observer._open
+    assert not watch.observer._spans
 
 
 def test_call_that_is_thrown_away_with_its_loop_ends_its_span_in_silence(
@@ -398,7 +398,7 @@ async def test_metrics_come_without_traces() -> None:
         tracer_provider=NoOpTracerProvider(), meter_provider=MeterProvider([reader], shutdown_on_exit=False)
     )
     await ObservedBackend(MemoryBackend(), observer, "memory://").get("db", KEY)
-    assert not observer._open
+    assert not observer._spans
     assert DB_CLIENT_OPERATION_DURATION in str(reader.get_metrics_data())
 
 

@@ -10,14 +10,22 @@ from helpers import REPOSITORY
 pytest.importorskip("mypy", reason="mypy is not installed: pip install 'aiokv[dev]'")
 pytest.importorskip("pyright", reason="pyright is not installed: pip install 'aiokv[dev]'")
 
+TODAY = ["tests/typing/cached.py", "tests/typing/unusual.py"]
+NEWER = ["tests/typing/newer.py"]
+MYPY = ["mypy", "--strict", "--warn-unused-ignores", "--no-incremental"]
+# Mypy reads the syntax of the interpreter that it runs on.
+reads_newer = pytest.mark.skipif(sys.version_info < (3, 12), reason="type parameters came with Python 3.12")
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "checker",
     [
-        ["mypy", "--strict", "--warn-unused-ignores", "--no-incremental", "tests/typing/cached.py"],
-        ["pyright", "tests/typing/cached.py"],
+        pytest.param([*MYPY, *TODAY], id="mypy"),
+        pytest.param([*MYPY, "--python-version", "3.12", *NEWER], id="mypy-3.12", marks=reads_newer),
+        pytest.param(["pyright", *TODAY], id="pyright"),
+        pytest.param(["pyright", "--pythonversion", "3.12", *NEWER], id="pyright-3.12"),
     ],
-    ids=["mypy", "pyright"],
 )
 @pytest.mark.slow
 def test_assertions_about_types_hold(checker: list[str]) -> None:

@@ -6,24 +6,21 @@ All cached functions of a loop that use one target share a `StoreAccess`. What b
 import asyncio
 import contextlib
 import os
-import random
 import threading
 import weakref
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from aiokv import clock
 from aiokv.caching.breaker import Breaker, Verb, is_cancelled
+from aiokv.caching.claims import Claim
 from aiokv.caching.deadlines import Alarm, SharedDeadline
+from aiokv.caching.writes import Write
 from aiokv.errors import BatchError, ValueTooLargeError
 from aiokv.limits import MIN_TTL_SECONDS
 from aiokv.store import AsyncKVStore
 from aiokv.target import Target
 
 _PROBE_KEY = "aiokv-probe"
-_CLAIM_SUFFIX = ":refreshing"
-_MIN_LEASE_SECONDS = 1.0
-_MAX_LEASE_SECONDS = 15.0
 
 
 class SkippedError(Exception):
@@ -36,74 +33,6 @@ class SkippedError(Exception):
     def __init__(self, error: BaseException | None) -> None:
         super().__init__()
         self.error = error
-
-
-class Write:
-    """A set or a delete that has not landed yet.
-
-    Args:
-        key: The key.
-        text: What is set; None for a delete.
-        ttl_seconds: For how long, whole seconds.
-        generation: When it was decided on: of two writes the later one is to stay.
-        begin: Returns whether it may be written, and keeps older writes from that.
-        may_stay: Returns whether nothing newer has begun.
-        is_decisive: Whether it waits for what other loops of the process are still setting, so that nothing older stays.
-        distrust: Called where older entries than this write may be in the store, or soon will be: it was decisive and gave way
-            to a later one that is still under way, or it landed too late and cannot be deleted again.
-    """
-
-    __slots__ = (
-        "_landed",
-        "begin",
-        "distrust",
-        "generation",
-        "is_decisive",
-        "is_done",
-        "key",
-        "may_stay",
-        "previous",
-        "text",
-        "ttl_seconds",
-    )
-
-    def __init__(  # noqa: PLR0913, PLR0917 (what is written, and in which order)
-        self,
-        key: str,
-        text: str | None,
-        ttl_seconds: int,
-        generation: int,
-        begin: Callable[[], bool],
-        may_stay: Callable[[], bool],
-        is_decisive: bool,  # noqa: FBT001
-        distrust: Callable[[], None],
-    ) -> None:
-        self.key = key
-        self.text = text
-        self.ttl_seconds = ttl_seconds
-        self.generation = generation
-        self.begin = begin
-        self.may_stay = may_stay
-        self.is_decisive = is_decisive
-        self.distrust = distrust
-        self.previous: Write | None = None
-        self.is_done = False
-        self._landed: asyncio.Future[None] | None = None
-
-    def landed(self) -> "asyncio.Future[None]":
-        """Return a future of the write's own loop that is done once it has landed or failed; not to be cancelled."""
-        if self._landed is None:
-            self._landed = get_running_loop().create_future()
-            if self.is_done:
-                self._landed.set_result(None)
-        return self._landed
-
-    def end(self) -> None:
-        """Let those that wait go on."""
-        self.is_done = True
-        self.previous = None
-        if self._landed is not None and not self._landed.done():
-            self._landed.set_result(None)
 
 
 class StoreAccess:
@@ -228,7 +157,7 @@ class StoreAccess:
             self.breaker.writes.succeeded()
         return errors, overtaken
 
-    async def claim(self, store: AsyncKVStore, compute_seconds: Mapping[str, float], wait_seconds: float) -> "Claim":
+    async def claim(self, store: AsyncKVStore, compute_seconds: Mapping[str, float], wait_seconds: float) -> Claim:
         """Tell other processes that this one computes, unless another has said so before.
 
         This is a hint that nobody waits for: without an atomic operation two may go ahead, which costs one computation.
@@ -241,16 +170,12 @@ class StoreAccess:
         Returns:
             The claim, which holds the keys that are this process's to compute.
         """
-        owner = f"{random.getrandbits(64):x}"
-        leases = {
-            key: min(max(_MIN_LEASE_SECONDS, 2 * seconds), _MAX_LEASE_SECONDS) for key, seconds in compute_seconds.items()
-        }
-        claim = Claim(store, owner, leases)
+        claim = Claim(store, compute_seconds)
         try:
             async with asyncio.timeout(wait_seconds):
                 await claim.acquire()
         except Exception:  # noqa: BLE001 (whatever it is, the store is no help)
-            claim.leases = leases
+            claim.hold_all()
         return claim
 
     def _pending_texts(self, keys: Sequence[str]) -> dict[str, str | None]:
@@ -342,73 +267,6 @@ class StoreAccess:
         except Exception as error:  # noqa: BLE001 (returned)
             return dict.fromkeys([write.key for write in writes], error)
         return {}
-
-
-class Claim:
-    """What one process has said that it computes; as a context manager it says so again until the computation is done.
-
-    Args:
-        store: Where it says so.
-        owner: A name that no other claim has.
-        leases: Each key, and for how many seconds a claim counts that is not renewed.
-    """
-
-    def __init__(self, store: AsyncKVStore, owner: str, leases: Mapping[str, float]) -> None:
-        self.leases = leases
-        self._store = store
-        self._owner = owner
-        self._renewing: asyncio.Task[None] | None = None
-
-    async def acquire(self) -> None:
-        """Keep the keys that nobody else has claimed."""
-        held = await _get(self._store, [key + _CLAIM_SUFFIX for key in self.leases])
-        free = {key: lease for key, lease in self.leases.items() if not _is_live(held[key + _CLAIM_SUFFIX])}
-        if free:
-            self.leases = free
-            await self._write()
-            # Of several that came at once, the last to write goes ahead.
-            held = await _get(self._store, [key + _CLAIM_SUFFIX for key in free])
-        self.leases = {
-            key: lease for key, lease in free.items() if (held[key + _CLAIM_SUFFIX] or self._owner).startswith(self._owner)
-        }
-
-    async def __aenter__(self) -> None:
-        if self.leases:
-            self._renewing = asyncio.create_task(self._renew(), name="aiokv claim")
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.wait([self._renewing])
-
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(min(self.leases.values()) / 3)
-            with contextlib.suppress(Exception):
-                await self._write()
-
-    async def _write(self) -> None:
-        now = clock.now()
-        texts = {key + _CLAIM_SUFFIX: f"{self._owner} {now} {lease}" for key, lease in self.leases.items()}
-        if len(texts) == 1:
-            ((name, text),) = texts.items()
-            await self._store.set(name, text, MIN_TTL_SECONDS)
-        else:
-            await self._store.set_many(texts, MIN_TTL_SECONDS)
-
-
-def _is_live(text: str | None) -> bool:
-    if text is None:
-        return False
-    try:
-        _, renewed_at, lease = text.split(" ")
-        return 0 <= float(lease) <= _MAX_LEASE_SECONDS and clock.now() - float(renewed_at) < float(lease)
-    except ValueError:
-        return False
-
-
-async def _get(store: AsyncKVStore, keys: Sequence[str]) -> Mapping[str, str | None]:
-    return {keys[0]: await store.get(keys[0])} if len(keys) == 1 else await store.get_many(keys)
 
 
 async def _delete(store: AsyncKVStore, keys: Sequence[str]) -> None:

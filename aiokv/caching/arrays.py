@@ -1,4 +1,4 @@
-"""What makes two numpy arrays the same argument: shape, type and elements, whatever their layout in memory. Pure."""
+"""The identity of a numpy array as an argument: shape, type and elements, not the layout in memory. Pure."""
 
 import hashlib
 from typing import Any
@@ -36,7 +36,7 @@ def _describe(dtype: Any) -> object:
     if dtype.subdtype is not None:
         return "repeated", _describe(dtype.subdtype[0]), tuple(map(int, dtype.subdtype[1]))
     if dtype.names is None:
-        # Types of other packages, such as bfloat16, have one code for several.
+        # Several types of other packages, such as bfloat16, share one code.
         own = () if dtype.type.__module__ == "numpy" else class_identity(dtype.type)
         return dtype.newbyteorder("<").str, own
     fields = tuple((name, _describe(field), int(offset), title) for name, (field, offset, *title) in _fields(dtype))
@@ -49,7 +49,7 @@ def _fields(dtype: Any) -> list[tuple[str, Any]]:
 
 def _digest(array: Any, numpy: Any) -> bytes:
     if array.dtype.names is not None:
-        # Field by field: the room between them holds whatever was there.
+        # Field by field, since the bytes between fields are arbitrary.
         return b"".join(_digest(array[name], numpy) for name in array.dtype.names)
     # The machine's byte order does not count, the elements do.
     array = numpy.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
@@ -59,6 +59,6 @@ def _digest(array: Any, numpy: Any) -> bytes:
     if array.dtype.type in {numpy.longdouble, numpy.clongdouble}:
         info = numpy.finfo(numpy.longdouble)
         if info.nmant == _X87_MANTISSA_BITS:
-            # The rest of each number is padding, which holds whatever was there.
+            # The rest of each number is padding, whose bytes are arbitrary.
             content = numpy.ascontiguousarray(content.reshape(-1, info.dtype.itemsize)[:, :_X87_BYTES])
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()

@@ -1,4 +1,4 @@
-"""What the forms of a cached function have in common: they look like the function, and bind as functions do."""
+"""The common base of cached functions, which look like the function and bind as functions do."""
 
 import asyncio
 import copy
@@ -8,22 +8,24 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from aiokv.caching.events import CacheInfo
 from aiokv.caching.naming import adopt_script_names, script_names
 from aiokv.caching.shipping import Recipe, make_stand_in, recipe_of
 
+C = TypeVar("C", bound="CachedCallable")
+
 # Type parameters cannot all be pickled; see the property.
-_ASSIGNED = tuple(name for name in map(str, functools.WRAPPER_ASSIGNMENTS) if name != "__type_params__")
+_ASSIGNED = ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__")
 
 
 class _SignatureOf:
-    """Give the signature of what is asked when it is asked: seldom, while methods are bound at each access."""
+    """A signature that is made when it is read: that is seldom, while a method is bound at each access."""
 
     def __get__(self, instance: "CachedCallable | None", owner: type | None = None) -> inspect.Signature:
         if instance is None:
-            # The class has none of its own, and is asked, too.
+            # inspect reads this attribute of the class, too, which has no such signature.
             raise AttributeError("__signature__")
         return instance._signature()  # noqa: SLF001 (this module's own)
 
@@ -31,7 +33,7 @@ class _SignatureOf:
 class CachedCallable:
     """A cached function, bound to nothing, or to an instance or a class."""
 
-    # The function's own attributes are in the dictionary; what each call needs is found faster outside it.
+    # The dictionary holds the function's own attributes. Each call needs the others, which are faster as slots.
     __slots__ = ("__dict__", "__weakref__", "_bound", "_cache", "_stand_in")
 
     decorator_name: ClassVar[str] = ""
@@ -39,19 +41,19 @@ class CachedCallable:
 
     def __init__(self, recipe: Recipe) -> None:
         self._cache = recipe.cache()
-        # It copies the function's own attributes, those of a cached function among them.
+        # This also copies the attributes of a function that is itself a cached function.
         functools.update_wrapper(cast("Callable[..., object]", self), recipe.function, _ASSIGNED)
         for name in [name for name in self.__dict__ if not name.startswith("__") and hasattr(type(self), name)]:
-            # Or an attribute of the function would hide a method.
+            # Else an attribute of the function would hide a method.
             del self.__dict__[name]
         self._bound: tuple[Any, ...] = ()
         self._stand_in = make_stand_in(recipe, self.__dict__)
-        _unbound[self._stand_in] = self
+        _unbound[self._stand_in] = _at_home[recipe.token] = self
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # What came by value is completed when it is used: what it refers to may come after it.
+            # A function that came by value builds its cache at its first use, when all that it refers to has been unpickled.
             if name not in {"_cache", "_near"}:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             self._cache = recipe_of(self._stand_in).cache()
@@ -59,7 +61,7 @@ class CachedCallable:
                 self._near = self._cache.near
             return getattr(self, name)
 
-    # What asyncio.iscoroutinefunction asks for; inspect knows it by the properties below.
+    # asyncio.iscoroutinefunction reads this attribute. inspect reads the properties below.
     @property
     def _is_coroutine(self) -> object:
         return getattr(asyncio.coroutines, "_is_coroutine", None)
@@ -69,7 +71,7 @@ class CachedCallable:
         return cast("Any", self._cache.function).__type_params__
 
     def bound_to(self, instance: object) -> Self:
-        """Bind to an instance or a class, as a function in a class does; what is bound stays as it is.
+        """Bind to an instance or a class, as a function in a class does; a bound form stays as it is.
 
         Args:
             instance: The first argument of every call.
@@ -80,14 +82,14 @@ class CachedCallable:
         if self._bound:
             return self
         bound = object.__new__(type(self))
-        # One dictionary for all: a bound form has no attributes of its own.
+        # All bound forms share one dictionary: they have no attributes of their own.
         bound.__dict__ = self.__dict__
         bound._cache = self._cache
         bound._stand_in = self._stand_in
         bound._bound = (instance,)
         return bound
 
-    # By these, and its annotations, inspect knows it for a function in Python 3.11, and so for a coroutine function.
+    # By these and the annotations, inspect takes it for a function, and so for a coroutine function (Python 3.11).
     @property
     def __code__(self) -> Any:
         return self._cache.function.__code__
@@ -107,7 +109,8 @@ class CachedCallable:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if protocol >= _PROTOCOL_OF_STAND_INS:
-            return _unpickle, (type(self), self._stand_in, self._bound, script_names())
+            token = recipe_of(self._stand_in).token
+            return _unpickle, (type(self), self._stand_in, self._bound, token, script_names())
         # Older ones reach an attribute of the cached function through the cached function itself.
         if self._bound:
             return getattr, (self._bound[0], self._cache.function.__name__)
@@ -117,12 +120,11 @@ class CachedCallable:
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        unbound = _unbound.get(self._stand_in)
         # As with methods, whose instance is copied.
-        return self if not self._bound or unbound is None else unbound.bound_to(copy.deepcopy(self._bound[0], memo))
+        return _form(type(self), self._stand_in, copy.deepcopy(self._bound, memo)) if self._bound else self
 
     def __eq__(self, other: object) -> bool:
-        # As with methods: bound forms are made at each access.
+        # As with methods: each access makes a new bound form, and these are equal.
         if not isinstance(other, CachedCallable):
             return NotImplemented
         return self._identity() == other._identity()
@@ -137,7 +139,7 @@ class CachedCallable:
         return f"<{self.decorator_name} {self._cache.keys.prefix}>"
 
     def info(self) -> CacheInfo:
-        """Say what has been served, computed and saved in this process.
+        """Return what was served, computed and saved in this process.
 
         Returns:
             The counts of all calls so far.
@@ -145,11 +147,11 @@ class CachedCallable:
         return self._cache.events.info()
 
     async def aclose(self) -> None:
-        """Finish or cancel what this function still does behind its callers in the running loop."""
+        """Finish or cancel the background work of this function in the running loop."""
         await self._cache.aclose()
 
     def _check_binding(self) -> None:
-        """Refuse to manage results of a class method that no class is known of."""
+        """Refuse to manage the results of a class method whose class is not known."""
         if self._bound or "." not in self._cache.function.__qualname__:
             return
         owner: Any = sys.modules.get(self._cache.function.__module__)
@@ -158,29 +160,33 @@ class CachedCallable:
             owner = getattr(owner, part, None)
         found: Any = getattr(owner, "__dict__", {}).get(name)
         if isinstance(found, classmethod) and cast("object", found.__func__) is self:
-            # From Python 3.13 on a class method hides from what it holds which class it is asked of.
+            # From Python 3.13 on, classmethod does not pass the class to the object that it wraps.
             raise TypeError(f"put @{self.decorator_name} above @classmethod at {self._cache.function.__qualname__}")
 
 
-# By their stand-ins, so that one that is pickled twice into one pickle, or by name, is one.
-_unbound: "weakref.WeakValueDictionary[types.FunctionType, Any]" = weakref.WeakValueDictionary()
+# Those that were decorated here, by their stand-ins and by their tokens: by name, or back from elsewhere, each is itself.
+_unbound: "weakref.WeakValueDictionary[types.FunctionType, CachedCallable]" = weakref.WeakValueDictionary()
+_at_home: "weakref.WeakValueDictionary[str, CachedCallable]" = weakref.WeakValueDictionary()
 _PROTOCOL_OF_STAND_INS = 4
 
 
 def _unpickle(
-    kind: type[CachedCallable], stand_in: types.FunctionType, bound: tuple[Any, ...], names: dict[str, str]
+    kind: type[CachedCallable], stand_in: types.FunctionType, bound: tuple[Any, ...], token: str, names: dict[str, str]
 ) -> CachedCallable:
-    """Return the cached function of a stand-in; where that came by value, a new one, to be completed when it is used."""
+    """Return the cached function of a stand-in; if it came by value, a new one, which builds its cache at its first use."""
     adopt_script_names(names)
-    known: CachedCallable | None = None if bound else _unbound.get(stand_in)
-    if known is not None:
-        return known
-    new = object.__new__(kind)
-    new.__dict__ = stand_in.__dict__
-    new._stand_in, new._bound = stand_in, bound
-    if not bound:
-        _unbound[stand_in] = new
-    return new
+    unbound = _unbound.get(stand_in) or _at_home.get(token)
+    if unbound is None:
+        return _form(kind, stand_in, bound)
+    return _form(kind, unbound._stand_in, bound) if bound else unbound  # noqa: SLF001 (of this module)
+
+
+def _form(kind: type[C], stand_in: types.FunctionType, bound: tuple[Any, ...]) -> C:
+    """Make a bound or unbound form without completing it."""
+    form = object.__new__(kind)
+    form.__dict__ = stand_in.__dict__
+    form._stand_in, form._bound = stand_in, bound
+    return form
 
 
 def check_coroutine_function(function: object) -> None:

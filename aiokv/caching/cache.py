@@ -12,7 +12,6 @@ from typing import Any, Final, NamedTuple
 
 from aiokv import clock
 from aiokv.caching.access import access_of
-from aiokv.caching.breaker import is_cancelled
 from aiokv.caching.codecs import Codec
 from aiokv.caching.computing import Computations, Compute
 from aiokv.caching.events import EventKind, Events
@@ -34,12 +33,10 @@ from aiokv.caching.keys import KeyMaker
 from aiokv.caching.modes import Mode
 from aiokv.caching.near import MISSED, NearView
 from aiokv.caching.options import CacheOptions
-from aiokv.caching.peeked import Peeked
-from aiokv.caching.results import NotStorable, ResultCodec
+from aiokv.caching.results import ResultCodec
 from aiokv.caching.store_choice import StoreChoice
-from aiokv.caching.stored import Computed, Found, StoredResults
+from aiokv.caching.stored import Found, StoredResults
 from aiokv.default_store import watch_default_store
-from aiokv.errors import AioKVError, CallTimeoutError, StoreClosedError
 from aiokv.store import AsyncKVStore
 from aiokv.target import Target
 
@@ -54,10 +51,6 @@ _EVENTS: Final[dict[Decision, EventKind]] = {
 _new_call: Any = tuple.__new__
 # Past so many (loop, target) pairs, those that are idle are forgotten.
 _MAX_IDLE_FLIGHTS = 256
-
-
-# As long as a call of a store may take by default; a store of the program's own may hang for longer.
-_MAX_PRIME_SECONDS = 30.0
 
 
 class Plan(NamedTuple):
@@ -203,94 +196,6 @@ class Cache:
         self._last = (loop, target, flights)
         return flights
 
-    async def peek(self, store: AsyncKVStore, calls: Sequence[Call]) -> dict[str, Peeked[Any]]:
-        """Look at what is stored of several calls.
-
-        Args:
-            store: Their store.
-            calls: The calls.
-
-        Returns:
-            What there is, by key.
-        """
-        flights = self.flights_of(store)
-        keys = [call.key for call in calls]
-        texts, error = await flights.access.read(store, keys, self.options.read_timeout)
-        if error is not None:
-            self.stored.read_failed(store, keys[0], error)
-        now = clock.now()
-        founds = {call.key: self.stored.decode((flights.target, call.key), texts.get(call.key)) for call in calls}
-        return {
-            key: Peeked(found.value, now - found.entry.started, now < found.entry.fresh_until)
-            for key, found in founds.items()
-            if found is not None
-        }
-
-    async def prime(self, store: AsyncKVStore, calls: Sequence[Call], values: Sequence[Any]) -> None:
-        """Store results that were computed elsewhere, as if the calls had returned them.
-
-        Args:
-            store: Their store.
-            calls: The calls.
-            values: Their results.
-
-        Raises:
-            TypeError: A value would come back changed.
-            ValueError: A value cannot be stored.
-            CallError: A value is not known to be stored.
-        """
-        self.results.resolve()
-        for value in values:
-            if self.options.ttl_of(value) is not None:
-                try:
-                    self.results.dump(value)
-                except NotStorable as error:
-                    raise ValueError(f"the value cannot be stored: {error}") from None
-        if not calls:
-            return
-        flights = self.flights_of(store)
-        # In no map: nobody joins them.
-        batch = [Flight(flights, store, call, self.stored.supersede(flights, call.key), is_decisive=True) for call in calls]
-        now = clock.now()
-        flights.run(self._store_primed(batch, Computed(list(values), [True] * len(batch), now, now, 0.0)), calls[0].key)
-        try:
-            async with asyncio.timeout(_MAX_PRIME_SECONDS):
-                for flight in batch:
-                    if (failed := (await flight.wait()).error) is not None:
-                        raise failed
-        except TimeoutError as timeout:
-            if isinstance(timeout, AioKVError):
-                raise
-            raise CallTimeoutError(
-                "the store did not answer", verb="set", db_name=store.db_name, key=calls[0].key, attempts=1, maybe_applied=True
-            ) from None
-
-    async def invalidate(self, store: AsyncKVStore, calls: Sequence[Call]) -> None:
-        """Delete results in the store and here; what is under way in this process is not stored.
-
-        Args:
-            store: Their store.
-            calls: The calls.
-
-        Raises:
-            CallError: A result may still be stored.
-        """
-        if not calls:
-            return
-        flights = self.flights_of(store)
-        # At once, and not when the task begins: what is called after this is newer.
-        raised = {call.key: self.stored.supersede(flights, call.key) for call in calls}
-        task = flights.run(self.stored.delete(flights, store, raised), calls[0].key)
-        try:
-            # Shielded: what was asked for is done, whether or not the caller stays.
-            errors = await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            if is_cancelled(error) or not task.cancelled():
-                raise
-            raise StoreClosedError("the cached function was closed before the result was deleted") from None
-        for failed in errors.values():
-            raise failed
-
     async def aclose(self) -> None:
         """Finish what was begun behind callers in this loop, within the time that a read may take, and cancel the rest."""
         loop = get_running_loop()
@@ -425,15 +330,6 @@ class Cache:
             with contextlib.suppress(Exception):
                 return copy.deepcopy(outcome.value)
         return outcome.value
-
-    async def _store_primed(self, batch: Sequence[Flight], computed: Computed) -> None:
-        try:
-            await self.stored.commit(batch, computed, skip_write=False, must=True)
-        except BaseException as error:
-            for flight in batch:
-                flight.end(failure(error))
-            if not isinstance(error, Exception):
-                raise
 
     def _after_fork_in_child(self) -> None:
         # The loops are the parent's, and its flights never end here. Held, since a task that is dropped complains.

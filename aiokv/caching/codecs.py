@@ -1,7 +1,7 @@
 """Steps between a result's JSON and what is stored: compression and encryption. Pure."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -17,14 +17,14 @@ _KEY_BYTES = 32
 class Codec(Protocol):
     """A step between a result's JSON and what is stored; steps are applied in order, and undone in reverse.
 
-    `context` is all that the entry claims beside its data, as JSON: version, namespace, key, schema, start, end of freshness,
-    seconds of computation, and the names of the steps that were applied *before* this one. A step that authenticates it, as
-    `Encrypted` does, makes an entry worthless under another key, in another store, with another time, or with an earlier step
-    taken away. What a later step does is not part of it, so such a step belongs last.
+    `context` is all that the entry says beside its data, as JSON: version, namespace, key, schema, start, end of freshness,
+    seconds of computation, and the names of the steps that were applied *before* this one. A step can authenticate the context,
+    as `Encrypted` does. Such an entry cannot be read under another key, in another store, with other times, or without an
+    earlier step. The context does not cover later steps, so such a step belongs last.
     """
 
     name: str
-    """Stored with each entry, without `+`; another name is another format."""
+    """The name that is stored with each entry, without `+`. Another format needs another name."""
     required: bool
     """Whether an entry that has not been through this step is a miss."""
 
@@ -39,7 +39,7 @@ class Codec(Protocol):
             The changed data, or None to pass them on as they are.
 
         Raises:
-            NotStorable: The data cannot be stored; the text is logged. Any other exception counts as this, without its text.
+            NotStorable: The data cannot be stored; the text is logged. Any other exception does the same, without its text.
         """
         ...
 
@@ -69,7 +69,7 @@ class Zstd:
     Args:
         min_bytes: Shorter JSON is stored as it is.
         level: 1 (fast) to 22 (small).
-        max_bytes: Longer JSON is neither stored nor read, so that no entry can take the memory; 1 or more.
+        max_bytes: Longer JSON is neither stored nor read, so that no entry can exhaust the memory; 1 or more.
 
     Raises:
         ConfigurationError: The package zstandard is not installed, or an argument is out of its range.
@@ -81,13 +81,13 @@ class Zstd:
     def __init__(self, *, min_bytes: int = 1024, level: int = 3, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         for argument, number, least in (("min_bytes", min_bytes, 0), ("level", level, 1), ("max_bytes", max_bytes, 1)):
             if type(number) is not int or number < least:
-                raise ConfigurationError(f"{argument} of Zstd must be an int of {least} or more, not {_shown(number)}")
+                raise ConfigurationError(f"{argument} of Zstd must be an int of {least} or more, not {_describe(number)}")
         try:
             import zstandard  # noqa: PLC0415 (an extra)
         except ImportError as error:
             raise ConfigurationError("Zstd needs the package zstandard: pip install 'aiokv[zstd]'") from error
         if level > zstandard.MAX_COMPRESSION_LEVEL:
-            raise ConfigurationError(f"level of Zstd must be at most {zstandard.MAX_COMPRESSION_LEVEL}, not {_shown(level)}")
+            raise ConfigurationError(f"level of Zstd must be at most {zstandard.MAX_COMPRESSION_LEVEL}, not {_describe(level)}")
         self._zstandard = zstandard
         self._min_bytes = min_bytes
         self._level = level
@@ -104,7 +104,7 @@ class Zstd:
             )
         if len(data) < self._min_bytes:
             return None
-        # With a checksum: or a bit that has changed in the store would pass for another result.
+        # With a checksum: else a bit that changed in the store could make another result.
         return self._zstandard.ZstdCompressor(level=self._level, write_checksum=True).compress(data)
 
     def decode(self, data: bytes, context: bytes) -> bytes:  # noqa: ARG002 (likewise)
@@ -117,13 +117,6 @@ class Zstd:
             return self._zstandard.ZstdDecompressor().decompress(data, max_output_size=size_bytes, allow_extra_data=False)
         except self._zstandard.ZstdError as error:
             raise ValueError("the result is not Zstandard data") from error
-
-
-class _Hidden(list[object]):
-    """Keys that no debugger or log prints."""
-
-    def __repr__(self) -> str:
-        return "***"
 
 
 class Encrypted:
@@ -153,20 +146,20 @@ class Encrypted:
             )
         self._invalid_tag = InvalidTag
         self._ciphers = ciphers
-        # A pickle of it holds the keys, which a function that is shipped by value needs.
-        self._keys = _Hidden(keys)
+        # For pickles, which hold them; a function, so that no text of the attributes shows them.
+        self._get_keys: Callable[[], list[object]] = lambda: keys
 
     @staticmethod
     def new_key() -> bytes:
         """Make a key.
 
         Returns:
-            32 random bytes, to be kept where secrets are kept.
+            32 random bytes, which are a secret.
         """
         return os.urandom(_KEY_BYTES)
 
     def __reduce__(self) -> Any:
-        return type(self), (list(self._keys),)
+        return type(self), (self._get_keys(),)
 
     def __repr__(self) -> str:
         return f"Encrypted(<{len(self._ciphers)} keys>)"
@@ -224,5 +217,5 @@ def check_codecs(codec: Codec | Sequence[Codec] | None) -> tuple[Codec, ...]:
     return tuple(steps)
 
 
-def _shown(number: object) -> str:
+def _describe(number: object) -> str:
     return str(number) if type(number) is int else type(number).__qualname__

@@ -5,9 +5,10 @@ import contextlib
 import copy
 import logging
 import time
+import weakref
 from asyncio import get_running_loop
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from aiokv import clock
 from aiokv.caching.events import Events
@@ -33,7 +34,10 @@ from aiokv.caching.stored import MAX_BEHIND, Computed, Found, StoredResults
 logger = logging.getLogger("aiokv")
 
 _MAX_PAUSE_SECONDS = 1.0
+_LEVELS_ON_ONE_STACK = 8
 
+# For callers that wait; behind callers that have been served; in the call of one that could have been served.
+Role = Literal["front", "behind", "in_call"]
 Compute = Callable[[Sequence[Call]], Awaitable[Sequence[Any]]]
 
 
@@ -70,7 +74,7 @@ class Computations:
         self._stored = stored
         self._generations = stored.generations
         # Computations that callers wait for, of all loops of the process.
-        self._under_way: dict[Place, Flight] = {}
+        self._under_way: weakref.WeakValueDictionary[Place, Flight] = weakref.WeakValueDictionary()
 
     def begin_missing(
         self, flights: Flights, missing: Sequence[Flight], fallbacks: Mapping[Flight, Found], *, skip_write: bool
@@ -100,7 +104,7 @@ class Computations:
             if other is not flight and is_elsewhere(other, get_running_loop()) and self._may_join(other):
                 computation = Computation([flight])
                 work = self._compute_elsewhere(computation, other, fallbacks, skip_write=skip_write)
-                computation.task = flights.run(work, flight.call.key)
+                computation.task = flights.run(work, flight.call.key, [flight])
             else:
                 self._under_way[flight.place] = flight
                 begun.append(flight)
@@ -119,7 +123,7 @@ class Computations:
         for part in self._batches(begun):
             computation = Computation(part)
             work = self._compute(computation, fallbacks, skip_write=skip_write)
-            computation.task = flights.run(work, part[0].call.key)
+            computation.task = flights.run(work, part[0].call.key, part)
 
     def begin_refresh(
         self, flights: Flights, due: Sequence[tuple[Flight, Found, Call]], *, in_call: bool
@@ -160,7 +164,7 @@ class Computations:
 
     def forget_under_way(self) -> None:
         """Forget what callers of the parent process wait for."""
-        self._under_way = {}
+        self._under_way = weakref.WeakValueDictionary()
 
     def copied(self, call: Call) -> Call | None:
         """Return a call with copies of what its caller could change while it is computed behind it, or None.
@@ -174,7 +178,7 @@ class Computations:
         return None if copies is None else call._replace(args=copies[0], kwargs=copies[1])
 
     async def _compute(
-        self, computation: Computation, fallbacks: Mapping[Flight, Found], *, skip_write: bool, is_behind: bool = False
+        self, computation: Computation, fallbacks: Mapping[Flight, Found], *, skip_write: bool, role: Role = "front"
     ) -> None:
         """Run the function, store what it returns, and end the flights whatever happens."""
         computation.task = asyncio.current_task()
@@ -186,7 +190,7 @@ class Computations:
             try:
                 computed = await self._run(batch)
             except self._options.error_types as error:
-                self._fall_back(batch, fallbacks, error, is_behind=is_behind)
+                self._fall_back(batch, fallbacks, error, role)
             else:
                 # Where every caller has left, and the function went on in spite of its cancellation, nothing is stored.
                 if any(flight.outcome is None for flight in batch):
@@ -194,18 +198,17 @@ class Computations:
                     computation.is_uncancellable = True
                     await self._stored.commit(batch, computed, skip_write=skip_write)
         except BaseException as error:
-            if is_behind and isinstance(error, Exception):
-                self._fall_back(batch, {}, error, is_behind=True)
+            if role != "front" and isinstance(error, Exception):
+                self._fall_back(batch, fallbacks if role == "in_call" else {}, error, role)
             for flight in batch:
                 flight.end(failure(error))
             if not isinstance(error, Exception):
                 raise
-        finally:
-            for flight in batch:
-                if self._under_way.get(flight.place) is flight:
-                    del self._under_way[flight.place]
 
     async def _run(self, batch: Sequence[Flight]) -> Computed:
+        if len(active_computations.get()) % _LEVELS_ON_ONE_STACK == 0:
+            # Where tasks are eager, nested computations share a stack, which has an end. This begins a new one.
+            await asyncio.sleep(0)
         calls = [flight.call for flight in batch]
         unchanged = [self._is_unchanged(call) for call in calls]
         started, timer = clock.now(), time.perf_counter()
@@ -239,23 +242,24 @@ class Computations:
             logger.debug("a result of another event loop cannot be copied: %s", type(error).__name__)
         await self._compute(computation, fallbacks, skip_write=skip_write)
 
-    def _fall_back(
-        self, batch: Sequence[Flight], fallbacks: Mapping[Flight, Found], error: Exception, *, is_behind: bool
-    ) -> None:
+    def _fall_back(self, batch: Sequence[Flight], fallbacks: Mapping[Flight, Found], error: Exception, role: Role) -> None:
         """End flights whose computation has failed with what is stored, where that may still be served."""
         oldest = clock.now() - self._options.error_seconds
         for flight in batch:
             found = fallbacks.get(flight)
-            if is_behind:
+            if role != "front":
                 self._events.emit("background_error", flight.call.key)
+                self._events.computation_failed(self._keys.prefix, error)
                 logger.debug("computing %s anew behind a caller failed: %s", flight.call.key, type(error).__name__)
-            if is_behind or found is not None:
+            if role != "front" or found is not None:
                 self.backoff.failed(flight.place, clock.monotonic())
-            if found is None or found.entry.fresh_until <= oldest:
+            # A caller that was to be served when it began to compute is served now.
+            if found is None or (found.entry.fresh_until <= oldest and role != "in_call"):
                 flight.end(failure(error))
                 continue
-            if not is_behind:
+            if role == "front":
                 self._events.emit("stale_on_error", flight.call.key)
+                self._events.computation_failed(self._keys.prefix, error)
             flight.end(Outcome(found.entry.json))
 
     async def _refresh(self, begun: Mapping[Flight, Found], *, in_call: bool) -> None:
@@ -286,7 +290,8 @@ class Computations:
                 for part in self._batches(mine):
                     computation = Computation(part)
                     computation.is_uncancellable = not in_call
-                    await self._compute(computation, older, skip_write=store_failed, is_behind=True)
+                    role: Role = "in_call" if in_call else "behind"
+                    await self._compute(computation, older, skip_write=store_failed, role=role)
             pause = max((seconds for key, seconds in lasted.items() if key not in claimed), default=0.0)
             if pause and not in_call:
                 # Until the others are likely to be done, there is no use in asking again.

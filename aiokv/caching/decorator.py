@@ -2,12 +2,13 @@
 
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from types import EllipsisType
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 from aiokv.caching.binding import CachedCallable, check_coroutine_function
 from aiokv.caching.codecs import Codec, check_codecs
 from aiokv.caching.events import CacheEvent
 from aiokv.caching.flights import Call
+from aiokv.caching.management import invalidate, peek, prime
 from aiokv.caching.modes import cache_mode
 from aiokv.caching.near import MISSED, NearCache
 from aiokv.caching.options import CacheOptions, Ttl
@@ -19,7 +20,12 @@ _new_object: Any = object.__new__
 P = ParamSpec("P")
 P2 = ParamSpec("P2")
 R = TypeVar("R")
-S = TypeVar("S")
+S_contra = TypeVar("S_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
+
+
+class _TakesInstance(Protocol[S_contra, P2, R_co]):
+    def __call__(self, instance: S_contra, /, *args: P2.args, **kwargs: P2.kwargs) -> Coroutine[Any, Any, R_co]: ...
 
 
 class CachedFunction(CachedCallable, Generic[P, R]):
@@ -69,10 +75,11 @@ class CachedFunction(CachedCallable, Generic[P, R]):
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
 
+    # A method whose `self` is positional-only; see `Decorator`.
     @overload
     def __get__(
-        self: "CachedFunction[Concatenate[S, P2], R]", instance: S, owner: type | None = None
-    ) -> "CachedFunction[P2, R]": ...
+        self: "_TakesInstance[S_contra, P2, R_co]", instance: S_contra, owner: type | None = None
+    ) -> "CachedFunction[P2, R_co]": ...
 
     # A static method, whose first parameter takes no instance.
     @overload
@@ -101,7 +108,7 @@ class CachedFunction(CachedCallable, Generic[P, R]):
             The result with its age, or None where there is none.
         """
         store, call = self._call(args, kwargs)
-        return cast("Peeked[R] | None", (await self._cache.peek(store, (call,))).get(call.key))
+        return cast("Peeked[R] | None", (await peek(self._cache, store, (call,))).get(call.key))
 
     async def refresh(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Compute a call anew and store that; several refreshes at once compute once. Cached functions inside it are served.
@@ -128,7 +135,7 @@ class CachedFunction(CachedCallable, Generic[P, R]):
             CallError: The value is not known to be stored.
         """
         store, call = self._call(args, kwargs)
-        await self._cache.prime(store, (call,), (value,))
+        await prime(self._cache, store, (call,), (value,))
 
     async def invalidate(self, /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Delete the result of a call, in the store and here; a computation under way in this process is not stored.
@@ -138,7 +145,7 @@ class CachedFunction(CachedCallable, Generic[P, R]):
                 storing an older result, which may be served until that has ended.
         """
         store, call = self._call(args, kwargs)
-        await self._cache.invalidate(store, (call,))
+        await invalidate(self._cache, store, (call,))
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AsyncKVStore, Call]:
         self._check_binding()
@@ -150,27 +157,70 @@ class CachedClassMethod(Generic[P, R]):
     """A cached class method; asked of a class or an instance, it gives a `CachedFunction` bound to the class."""
 
     def __init__(self, cached: CachedFunction[..., R]) -> None:
-        self._cached = cached
+        # Named as that of a classmethod.
+        self.__func__ = cached
 
     def __get__(self, instance: object, owner: type) -> CachedFunction[P, R]:
         """Bind to the class that it is asked of."""
-        return cast("CachedFunction[P, R]", self._cached.bound_to(owner))
+        return cast("CachedFunction[P, R]", self.__func__.bound_to(owner))
 
     def __call__(self, owner: type, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Give the result of a call for a class."""
-        return self._cached(owner, *args, **kwargs)
+        return self.__func__(owner, *args, **kwargs)
+
+
+if TYPE_CHECKING:
+
+    class CachedMethod(CachedFunction[Concatenate[Any, P], R], Generic[P, R]):
+        """A cached method as it stands in its class: a `CachedFunction` at run time, and at each access."""
+
+        @overload
+        async def __call__(self, instance: Any, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+        # Pyright looks for the methods of a protocol without `__get__`.
+        @overload
+        async def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+        async def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+            """Return the result of a call; see `CachedFunction`."""
+
+        @overload  # type: ignore[override]
+        def __get__(self, instance: None, owner: type | None = None) -> CachedFunction[Concatenate[Any, P], R]: ...
+
+        @overload
+        def __get__(self, instance: object, owner: type | None = None) -> CachedFunction[P, R]: ...
+
+        def __get__(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, instance: Any, owner: type | None = None
+        ) -> Any:
+            """Bind to an instance."""
+
+
+# Methods are told apart by the name of their first parameter, since `object`, `Any` and type variables accept every instance
+# and every class.
+class _Method(Protocol[P, R_co]):
+    def __call__(_self, self: Any, *args: P.args, **kwargs: P.kwargs) -> R_co: ...  # noqa: N805
+
+
+class _ClassFunction(Protocol[P, R_co]):
+    def __call__(_self, cls: Any, *args: P.args, **kwargs: P.kwargs) -> R_co: ...  # noqa: N805
 
 
 class Decorator(Protocol):
-    """What `kv_cached` gives, as type checkers see it: a function whose first parameter is a class is a class method."""
+    """What `kv_cached` gives, as type checkers see it: functions whose first parameter is `self` or `cls` are methods."""
 
     @overload
     def __call__(self, function: "classmethod[Any, P, Coroutine[Any, Any, R]]", /) -> CachedClassMethod[P, R]: ...
 
     @overload
     def __call__(  # pyright: ignore[reportOverlappingOverload]
-        self, function: Callable[Concatenate[type[Any], P], Awaitable[R]], /
+        self, function: _ClassFunction[P, Awaitable[R]], /
     ) -> CachedClassMethod[P, R]: ...
+
+    @overload
+    def __call__(  # pyright: ignore[reportOverlappingOverload]
+        self, function: _Method[P, Awaitable[R]], /
+    ) -> "CachedMethod[P, R]": ...
 
     @overload
     def __call__(self, function: Callable[P, Awaitable[R]], /) -> CachedFunction[P, R]: ...
@@ -261,8 +311,8 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
         observer: Called with each event of each call; what it raises is logged.
 
     Returns:
-        A decorator for coroutine functions; in a class it stands below `@staticmethod` and above `@classmethod`. mypy binds
-        a static method that is called on an instance, so call it on the class.
+        A decorator for coroutine functions; in a class it stands below `@staticmethod` and above `@classmethod`. Type
+        checkers take functions whose first parameter is named `self` or `cls` for methods.
 
     Raises:
         TypeError: What is decorated is no coroutine function, or an option is of another type.

@@ -1,9 +1,9 @@
 """The canonical encoding of values: different values have different bytes, in every process and on every machine. Pure.
 
-The encoding is a persistent format: a change of it empties every cache, and golden vectors in the tests hold it still.
+The encoding is a persistent format: a change of it empties every cache, and golden vectors in the tests guard it.
 Every value is written as a tag of one byte and a content that shows where it ends: by a fixed length, a length before it, or
-a byte behind it that cannot be part of it (0xFF behind UTF-8, a point behind values). So no content can pass for structure.
-What belongs to a class (its name, the names of its fields) is encoded once, and forgotten with the class.
+a byte after it that cannot be part of it (0xFF after UTF-8, a point after values). So no content looks like structure.
+The name of a class and the names of its fields are encoded once, and forgotten with the class.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _FIXED_ZONES = frozenset(
 
 
 class FieldWithoutValue:
-    """What stands for a field that was never set; it has no encoding."""
+    """The value of a field that was never set; it has no encoding."""
 
 
 _UNSET = FieldWithoutValue()
@@ -67,7 +67,7 @@ def encode(value: object) -> bytes:
 
 
 def is_settled(value: object) -> bool:
-    """Return whether a value that can be encoded can never change, so that its encoding never does.
+    """Return whether a value can never change, and so its encoding cannot either.
 
     Args:
         value: Any value.
@@ -101,7 +101,7 @@ def slot_names(kind: type) -> list[str]:
     )
 
 
-def _closed(tag: bytes, parts: Iterable[bytes]) -> bytes:
+def _close(tag: bytes, parts: Iterable[bytes]) -> bytes:
     return b"".join((tag, *parts, b"."))
 
 
@@ -113,7 +113,7 @@ def _encode_text(value: str) -> bytes:
     try:
         return b"s" + value.encode() + b"\xff"
     except UnicodeEncodeError:
-        # A lone surrogate is no UTF-8, but it is an argument like any other.
+        # A lone surrogate is not UTF-8, but arguments may hold one.
         return b"s" + value.encode("utf-8", "surrogatepass") + b"\xff"
 
 
@@ -131,7 +131,7 @@ def _encode_items(tag: bytes, values: Iterable[object]) -> bytes:
 
 def _encode_set(tag: bytes, values: Iterable[object]) -> bytes:
     try:
-        return _closed(tag, sorted(map(encode, values)))
+        return _close(tag, sorted(map(encode, values)))
     except Unencodable as error:
         error.path = "{...}" + error.path
         raise
@@ -175,13 +175,13 @@ def _encode_zone(zone: dt.tzinfo, path: str = "") -> bytes:
     kind = type(zone)
     if _seldom_encoder(kind) is _encode_zone:
         try:
-            # Zones of a file, whose key is no more than a label, cannot be pickled.
+            # Zones that were read from a file, whose key is only a label, cannot be pickled.
             zone.__reduce__()
         except Exception:  # noqa: BLE001 (PicklingError, whose module is large)
             raise Unencodable(kind, "was read from a file: take ZoneInfo(name)", path) from None
-        return _closed(b"Q", [encode(zone.key)])  # type: ignore[attr-defined]
+        return _close(b"Q", [encode(zone.key)])  # type: ignore[attr-defined]
     if kind is dt.timezone or f"{kind.__module__}.{kind.__qualname__}" in _FIXED_ZONES:
-        return _closed(b"Q", [encode(zone.utcoffset(None)), encode(zone.tzname(None))])
+        return _close(b"Q", [encode(zone.utcoffset(None)), encode(zone.tzname(None))])
     if hasattr(kind, "__cache_key__"):
         return encode(zone)
     raise Unencodable(kind, "may have any offset: take datetime.timezone or zoneinfo.ZoneInfo", path)
@@ -218,7 +218,7 @@ def _own_key_encoder(kind: type) -> Encoder:
 
     def encode_own_key(value: Any) -> bytes:
         try:
-            # As Python looks up special methods: an attribute of the object does not count.
+            # Of the class, as Python looks up special methods.
             return b"k" + head + encode(type(value).__cache_key__(value))
         except Unencodable as error:
             error.path = ".__cache_key__()" + error.path
@@ -231,7 +231,7 @@ def _enum_encoder(kind: type[enum.Enum]) -> Encoder:
     head, is_flag = _encode_class(kind), issubclass(kind, enum.Flag)
 
     def encode_member(member: Any) -> bytes:
-        # Python versions name flags that are put together in different ways.
+        # Versions of Python name combined flags in different ways.
         name = None if is_flag else member._name_
         try:
             content = encode(member._value_)
@@ -261,7 +261,7 @@ def _cached_properties(kind: type) -> frozenset[str]:
 
 
 def _state_encoder(tag: bytes, kind: type, fields: tuple[str, ...], base: type) -> Encoder:
-    """Make the encoder of a class whose instances are fields, other attributes, slots and, where they are one, a tuple."""
+    """Make the encoder of a class whose instances have fields, other attributes, slots and, where they are tuples, items."""
     _check_layout(kind, base)
     head = tag + _encode_class(kind) + encode(getattr(kind, "_fields", None) if base is tuple else fields)
     slots = tuple(name for name in slot_names(kind) if name not in fields)
@@ -345,7 +345,7 @@ class _Encoders(dict[type, Encoder]):
         if (seldom := _seldom_encoder(kind)) is not None:
             return self.setdefault(kind, seldom)
         if type(kind).__eq__ is not type.__eq__:
-            # Such classes may equal each other.
+            # Two classes may be equal here, so they must not share an encoder.
             return _encoder_of(kind)
         encoder = _ENCODER_BY_CLASS.get(kind)
         if encoder is None:

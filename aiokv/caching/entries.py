@@ -1,4 +1,4 @@
-"""The text that is stored for a result: a line of JSON, the head, and the result. A persistent format. Pure.
+"""The stored text of a result: the head, which is a line of JSON, and the result. A persistent format. Pure.
 
 The head is a list: format version, key, schema, start, end of freshness, seconds of computation, names of the codecs that were
 applied, joined by `+`. After the line break follows the result's JSON, or base85 of what the codecs made.
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
     compute_seconds: float
 
 
-# Without the Python frame of the class's own __new__.
+# Faster than Entry(...), which runs a function of Python.
 _make_entry: Any = partial(tuple.__new__, Entry)
 
 
@@ -45,14 +45,14 @@ def pack(entry: Entry, *, namespace: str, key: str, schema: str, codecs: tuple[C
         entry: The result and its times.
         namespace: The store's namespace, which codecs may bind to.
         key: The whole key, which a reader compares.
-        schema: The mark of the result's type, likewise.
+        schema: The mark of the result's type, which a reader compares.
         codecs: The steps to apply.
 
     Returns:
         The text for `unpack`.
 
     Raises:
-        NotStorable: A codec refuses the result; the text names it.
+        NotStorable: A codec refuses the result; the text names the codec.
     """
     json, started, fresh_until, compute_seconds = entry
     applied = ""
@@ -80,8 +80,8 @@ def unpack(text: str, *, namespace: str, key: str, schema: str, codecs: tuple[Co
         codecs: The steps that are configured today.
 
     Returns:
-        The entry; or None, a miss that will be overwritten, where the text is of another version, key, type or codec, was
-        tampered with, is past a codec's bound, or is no entry at all.
+        The entry. None, which is a miss, where the text is of another version, key, type or codec, was changed, exceeds the
+        bound of a codec, or is no entry at all.
     """
     head, separator, payload = text.partition("\n")
     if not separator:
@@ -125,7 +125,7 @@ def _encode(codec: Codec, data: bytes, context: bytes) -> bytes | None:
 
 
 def _decode(payload: str, applied: str, claims: list[object], codecs: tuple[Codec, ...]) -> bytes | str | None:
-    """Undo the codecs; None where others than those of today were applied, or one refuses."""
+    """Undo the codecs; return None where other codecs were applied than are configured, or one of them refuses."""
     names = applied.split("+") if applied else []
     used = [codec for codec in codecs if codec.name in names]
     if [codec.name for codec in used] != names or any(codec.required and codec.name not in names for codec in codecs):

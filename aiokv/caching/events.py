@@ -1,8 +1,13 @@
 """What a cached function has done: counts for the program, events for its observer."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
+
+from aiokv import clock
+
+_LOG_INTERVAL_SECONDS = 60.0
 
 logger = logging.getLogger("aiokv")
 
@@ -85,6 +90,7 @@ class Events:
         }
         self.saved = {"seconds": 0.0}
         self._logged_reasons: set[str] = set()
+        self._next_failure_log = -math.inf
 
     def emit(self, kind: EventKind, key: str, seconds: float = 0.0) -> None:
         """Count an event and notify the observer."""
@@ -102,6 +108,13 @@ class Events:
         if reason not in self._logged_reasons and len(self._logged_reasons) < 100:  # noqa: PLR2004 (a bound, no more)
             self._logged_reasons.add(reason)
             logger.warning("a result of %s is returned but not stored: %s", name, reason)
+
+    def computation_failed(self, name: str, error: BaseException) -> None:
+        """Log that a stored result stands in for a failing function, once a minute at the most; never what the error says."""
+        now = clock.monotonic()
+        if now >= self._next_failure_log:
+            self._next_failure_log = now + _LOG_INTERVAL_SECONDS
+            logger.warning("computing a result of %s failed, what is stored is served: %s", name, type(error).__qualname__)
 
     def info(self) -> CacheInfo:
         """Return the counts of all calls so far."""

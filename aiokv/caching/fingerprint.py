@@ -1,10 +1,10 @@
 """The fingerprint of a function's own code, which stands in its keys: a changed body never gets the results of the old one.
 
-It is made of the syntax tree, which is the same in every version of Python, without what does not change results: comments
-and layout, the docstring, the decorators, and the annotations of parameters and result. Names of parameters and defaults
-count. Where the source cannot be had, or is not what runs, it is made of the bytecode, which differs between versions of
-Python: such processes share no entries with those that have the source.
-Functions that the body calls and globals that it reads are not looked at.
+It is a digest of the syntax tree, which is the same in every version of Python. These do not count, since they do not change
+results: comments and layout, the docstring, the decorators, and the annotations of parameters and result. Names of parameters
+and defaults count. Where the source is missing, or differs from the code that runs, it is a digest of the bytecode. Bytecode
+differs between versions of Python, and such processes share no entries with those that have the source.
+Functions that the body calls, and globals that it reads, do not count.
 """
 
 import ast
@@ -18,7 +18,7 @@ from typing import Any
 from aiokv.caching.encoding import encode
 from aiokv.caching.naming import canonical_module
 
-# A fingerprint that a function brings along, such as from the process that it was shipped from.
+# The attribute of a function that was shipped from another process; it holds the fingerprint that was made there.
 MARK = "__aiokv_fingerprint__"
 
 _DIGEST_BYTES = 8
@@ -33,13 +33,13 @@ _LEFT_OUT = frozenset({"ctx", "kind", "type_comment"})
 
 
 def fingerprint(function: Callable[..., object]) -> str:
-    """Return what tells a function's code apart from other code.
+    """Return a digest of a function's code.
 
-    Of a function that wraps another (`functools.wraps`), both count, with what the wrapper closes over, as far as that can be
-    encoded, such as the arguments of its decorator. So an update of the package that a wrapper comes from counts, too.
+    Where a function wraps another (`functools.wraps`), both count. So does what the wrapper closes over, such as the arguments
+    of its decorator, where it can be encoded. An update of the package of such a wrapper may change the fingerprint.
 
     Args:
-        function: A function, or another callable. Its attribute `__aiokv_fingerprint__` is taken where it has one.
+        function: A function, or another callable. If it has an attribute `__aiokv_fingerprint__`, that is returned.
 
     Returns:
         16 hexadecimal digits, the same in every process, directory and hash seed.
@@ -53,13 +53,13 @@ def _digest(description: object) -> str:
 
 def _mark_of(function: Any) -> str | None:
     mark = getattr(function, MARK, None)
-    # functools.wraps copies the attributes of what it wraps, which is not the whole of the wrapper.
+    # functools.wraps copies this attribute to the wrapper, whose own code counts, too.
     wrapped = getattr(function, "__wrapped__", None)
     return mark if isinstance(mark, str) and (wrapped is None or getattr(wrapped, MARK, None) != mark) else None
 
 
 def _describe(function: Any, seen: list[object]) -> object:  # noqa: PLR0911 (one for each kind)
-    """Return nested tuples that say what runs when a function is called."""
+    """Return nested tuples that describe the code that a call of a function runs."""
     for index, known in enumerate(seen):
         if known is function:
             return "again", index
@@ -76,7 +76,7 @@ def _describe(function: Any, seen: list[object]) -> object:  # noqa: PLR0911 (on
         return "method", _describe(function.__func__, seen), _describe_value(function.__self__, seen)
     wrapped = getattr(function, "__wrapped__", None)
     if not isinstance(function, types.FunctionType):
-        # An object that is called: its class, and the function that it stands for.
+        # A callable object: its class, and the function that it stands for.
         kind = type(function)
         inner = wrapped if wrapped is not None else getattr(function, "func", None)
         named = kind if inner is not None else function
@@ -121,7 +121,7 @@ def _describe_value(value: object, seen: list[object]) -> object:
 
 
 def _describe_source(function: types.FunctionType, *, with_annotations: bool) -> object:
-    """Return the syntax tree of a function as nested tuples, or None where the source is not there or not what runs."""
+    """Return the syntax tree of a function as nested tuples, or None where the source is missing or is not what runs."""
     try:
         lines, _ = inspect.getsourcelines(function.__code__)
         is_indented = lines[0][:1].isspace()
@@ -138,7 +138,7 @@ def _describe_source(function: types.FunctionType, *, with_annotations: bool) ->
 
 
 def _is_compiled_from(function: types.FunctionType, node: Any) -> bool:
-    """Compile the source, and compare: the file may be newer than what runs."""
+    """Return whether the source compiles to the code that runs: the file may be newer."""
     code = function.__code__
     parts = function.__qualname__.split(".")
     body: Any = node
@@ -162,7 +162,7 @@ def _codes_named(name: str, code: types.CodeType) -> list[types.CodeType]:
 
 
 def _essence(node: Any, *, with_annotations: bool) -> Any:
-    """Strip the docstring, and the annotations unless a decorator may read them."""
+    """Strip the docstring, and the annotations where no decorator may read them."""
     if ast.get_docstring(node, clean=False) is not None:
         node.body = node.body[1:]
     if not with_annotations:
@@ -207,7 +207,7 @@ def _describe_code(code: types.CodeType, docstring: str | None = None) -> tuple[
         for constant in code.co_consts
     ]
     if docstring is not None and code.co_consts[:1] == (docstring,):
-        # As without one.
+        # As in a function without a docstring.
         constants[0] = _describe_value(None, [])
     return (
         code.co_name,

@@ -5,7 +5,7 @@ import contextlib
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from aiokv.caching.access import StoreAccess
 from aiokv.caching.generations import Generations, Place
@@ -247,20 +247,21 @@ class Flights:
         elif self.background and self.background.get(key) is flight:
             del self.background[key]
 
-    def run(self, work: Coroutine[Any, Any, T], name: str) -> "asyncio.Task[T]":
-        """Run a coroutine in a task of its own, which outlives any one caller."""
-        task = asyncio.create_task(self._run(work), name=name)
+    def run(self, work: Coroutine[Any, Any, T], name: str, batch: Sequence[Flight] = ()) -> "asyncio.Task[T]":
+        """Run a coroutine in a task of its own, which outlives any one caller, and ends these flights at the latest."""
+        task = asyncio.create_task(work, name=name)
         # With eager tasks it may have ended already.
         if not task.done():
             self.tasks.add(task)
-        return task
 
-    async def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        try:
-            return await work
-        finally:
-            # Costs less than a callback, which takes a turn of the loop.
-            self.tasks.discard(cast("asyncio.Task[Any]", asyncio.current_task()))
+        def ended(task: "asyncio.Task[T]") -> None:
+            self.tasks.discard(task)
+            for flight in batch:
+                # Of a task that was cancelled before it began.
+                flight.end(NO_OUTCOME)
+
+        task.add_done_callback(ended)
+        return task
 
     async def aclose(self, grace_seconds: float) -> None:
         """Wait for the tasks some seconds, then cancel them."""

@@ -1,4 +1,4 @@
-"""What JSON can hold of a value, and where it cannot. Pure."""
+"""Whether JSON can hold a value, and the first part that it cannot hold. Pure."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, cast
 
 MAX_PATH_CHARS: Final = 200
 ATOMS: Final = frozenset({str, int, bool, bytes, type(None)})
-"""Types whose values are the same where type and `==` are."""
+"""Types of which two values are the same wherever they are equal and of one type."""
 
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 _NATIVE_ATOMS = frozenset({str, int, bool, type(None)})
@@ -94,13 +94,13 @@ def find_not_native(value: object) -> Difference | None:  # noqa: PLR0911 (one f
 
 
 def find_unholdable(value: object) -> str | None:
-    """Find what JSON cannot hold in a value whose type is in order.
+    """Find what JSON cannot hold in a value of a type that it can hold.
 
     Args:
         value: What a function returned, which pydantic could not write or read back.
 
     Returns:
-        What the value holds, such as `"NaN or infinity"`, or None where nothing of the kind was found.
+        What the value holds, such as `"NaN or infinity"`, or None where it found nothing.
     """
     seen: set[int] = set()
     stack: list[object] = [value]
@@ -117,13 +117,13 @@ def find_unholdable(value: object) -> str | None:
 
 
 def models_in(value: object) -> Iterator[Any]:
-    """Walk through the pydantic models of a value, in an order that a copy of the value shares.
+    """Walk through the pydantic models of a value, in an order that is the same for a copy of the value.
 
     Args:
         value: What a function returned, or what was read back.
 
     Yields:
-        Each model before those that it holds; none out of sets, which have no order.
+        Each model before the models that it holds, without models in sets, which have no order.
 
     Raises:
         RecursionError: The value is nested too deeply, or holds itself.
@@ -144,7 +144,7 @@ def unholdable(value: object) -> str | None:
     """Find what JSON cannot hold in one value, without its parts.
 
     Args:
-        value: A value whose type is in order.
+        value: A value of a type that JSON can hold.
 
     Returns:
         What the value holds, such as `"NaN or infinity"`, or None.
@@ -179,7 +179,7 @@ def _is_utf8_bytes(data: bytes) -> bool:
 
 
 def _in_order(value: dict[Any, Any]) -> Iterable[Any]:
-    """Return the keys in an order that is the same for a `TypedDict` that comes back in another one."""
+    """Return the keys sorted where they can be: a `TypedDict` may come back in another order."""
     try:
         return sorted(value)
     except TypeError:

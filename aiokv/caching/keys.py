@@ -1,4 +1,4 @@
-"""From a call to its key: the arguments as they are bound, encoded so that no two different calls share a key."""
+"""From a call to its key: the bound arguments are encoded so that no two different calls share a key."""
 
 import copy
 import hashlib
@@ -14,10 +14,10 @@ from aiokv.limits import check_entry
 DIGEST_BYTES = 16
 MAX_PREFIX_CHARS = 512
 
-# Raised where the same call gets another digest than before.
+# The number grows when the same call gets another digest than before.
 _FORMAT = b"2"
-# Equal and of equal type means the same call for these, which lets a call be looked up before it is encoded. Not so for
-# floats: 0.0 equals -0.0, and NaN not itself.
+# Where such arguments are equal and of one type, the calls are the same, so a key can be looked up without encoding. Not so
+# for floats: 0.0 equals -0.0, and NaN does not equal itself.
 _PLAIN_TYPES = frozenset({str, int, bool, bytes, type(None)})
 # Two generations of remembered calls: when the younger is full, the older is forgotten.
 _MAX_REMEMBERED_CALLS = 1_024
@@ -31,15 +31,15 @@ class KeyMaker:
         function: The coroutine function.
         prefix: The readable beginning of its keys; None takes its module and qualified name. Two functions share results
             where both prefix and version are the same.
-        version: Told apart from every other version. None takes the fingerprint of the function's own source: a changed body
-            leaves old entries behind, a changed comment, layout, docstring, decorator above or annotation does not. Functions
-            that the body calls and globals that it reads are not looked at: where they change, pass a version.
+        version: A part of the keys. None takes the fingerprint of the function's own source: a changed body gets new keys, a
+            changed comment, layout, docstring, decorator above or annotation does not. The fingerprint ignores functions that
+            the body calls, and globals that it reads: where they change, pass a version.
         ignore: Parameters that do not count.
         key: Returns what identifies a call from its arguments, in place of them.
         vary: Returns what a call depends on beside its arguments.
 
     Raises:
-        TypeError: `ignore` names a parameter that the function has not, or `version` is of another type.
+        TypeError: `ignore` names a parameter that the function does not have, or `version` is of another type.
         ValueError: The function is local and has no `key`, or the prefix is too long.
     """
 
@@ -65,12 +65,12 @@ class KeyMaker:
             raise TypeError(f"version must be int, str or None, not {type(version).__name__}")
         self.prefix = f"{canonical_module(function.__module__)}.{self._name}" if prefix is None else str(prefix)
         self.version = str(version)
-        # Plain ones, also where these are of classes of their own.
+        # A plain int or str, also where it is of a subclass.
         version = self.version if isinstance(version, str) else int(version)
         if not self.prefix or len(self.prefix) > MAX_PREFIX_CHARS:
             raise ValueError(f"prefix must be 1 to {MAX_PREFIX_CHARS} characters, not {len(self.prefix)}")
         self._start = f"{self.prefix}:{version}:"
-        # The rest of a key is digits, and takes a fixed room.
+        # The rest of a key is a fixed number of digits.
         try:
             check_entry("", self._start)
         except ValueError as error:
@@ -83,7 +83,7 @@ class KeyMaker:
                 f"ignore names {sorted(unknown)}, which {self._name} has not; its parameters are {list(parameters)}"
             )
         self._names = tuple(name for name in parameters if name not in ignored)
-        # The dictionary of these is made for each call, so that its items alone can change.
+        # Each call makes the dictionary of `**` parameters anew, so only its items can change.
         self._keywords = [
             index for index, name in enumerate(self._names) if parameters[name].kind is inspect.Parameter.VAR_KEYWORD
         ]
@@ -95,7 +95,7 @@ class KeyMaker:
         self._head = b"".join(map(encode, (_FORMAT, self.prefix, version, self._names if key is None else ())))
         self._young: dict[tuple[object, ...], str] = {}
         self._old: dict[tuple[object, ...], str] = {}
-        # The counted arguments, then their types; only where these are plain does equality mean the same call.
+        # Returns the counted arguments, then their types. Where all types are plain, equal tuples mean the same call.
         self.quick = _compile_binding(function, self._signature, self._names, types=True)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -119,7 +119,7 @@ class KeyMaker:
         return self._plain_key(call, values) if _PLAIN_TYPES.issuperset(call[len(values) :]) else self._make_digest(values)
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, bool]:
-        """Make the key of a call, and tell whether it is settled.
+        """Return the key of a call, and whether that key is final.
 
         Args:
             args: The positional arguments.
@@ -136,7 +136,7 @@ class KeyMaker:
             return self._make_digest(self._values_with_more(args, kwargs)), False
         call = self.quick(*args, **kwargs)
         try:
-            # Calls of plain arguments alone are remembered, with their types.
+            # Only calls of plain arguments are remembered, with their types.
             key = self._young.get(call)
         except TypeError:
             key = None
@@ -251,7 +251,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _keep_own_keys(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
-    """Enter the objects with `__cache_key__` inside a value in the memo of `deepcopy`, as copies of themselves."""
+    """Enter the objects with `__cache_key__` inside a value in the memo of `deepcopy`, so that it does not copy them."""
     if id(value) in seen or is_settled(value):
         return
     seen.add(id(value))
@@ -293,7 +293,7 @@ def _compile_binding(
             parameters.append("/")
     items = [*counted, *(f"{type_of}({name})" for name in counted if types)]
     source = f"lambda {', '.join(parameters)}: ({''.join(f'{item}, ' for item in items)})"
-    # Python's own binding, which is the fastest and right by definition; the names are those of a real signature.
+    # Python binds arguments itself, which is fastest and always right. The names come from a real signature, so eval is safe.
     binding: Callable[..., tuple[Any, ...]] = eval(source, defaults)  # noqa: S307
     binding.__qualname__ = function.__qualname__
     return binding

@@ -4,14 +4,15 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from types import EllipsisType
+from types import CoroutineType, EllipsisType
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 from aiokv.caching.binding import CachedCallable, check_coroutine_function
 from aiokv.caching.codecs import Codec, check_codecs
 from aiokv.caching.events import CacheEvent
 from aiokv.caching.flights import ABSENT, Call
-from aiokv.caching.mapping_type import value_type
+from aiokv.caching.management import invalidate, peek, prime
+from aiokv.caching.mappings import compute_many, value_type
 from aiokv.caching.modes import Mode, cache_mode
 from aiokv.caching.near import MISSED, NearCache
 from aiokv.caching.options import CacheOptions, Ttl
@@ -30,13 +31,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _ids_by_name(method: F) -> F:
-    """Let the ids of a method be passed by the name of the function's parameter, too."""
+    """Let the ids of a method be passed as `ids=`, or by the name of the function's parameter."""
 
     @functools.wraps(method)
     def call(self: "CachedManyFunction[Any, ..., Any]", /, *args: Any, **kwargs: Any) -> Any:
         position = 1 if self._lacks_instance() else 0
         if len(args) == position and kwargs:
             name = self._ids_name()
+            if name not in kwargs and name != "ids" and "ids" not in inspect.signature(self._cache.function).parameters:
+                name = "ids"
             if name in kwargs:
                 args = (*args, kwargs.pop(name))
         return method(self, *args, **kwargs)
@@ -56,18 +59,19 @@ class CachedManyFunction(CachedCallable, Generic[K, P, V]):
         return self if instance is None else self.bound_to(instance)
 
     @_ids_by_name
-    def __call__(self, ids: Iterable[K], /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, dict[K, V]]:
+    def __call__(self, ids: Iterable[K], *args: P.args, **kwargs: P.kwargs) -> "CoroutineType[Any, Any, dict[K, V]]":
         """Return the results of several ids, those that are stored and those that are computed now.
 
         Args:
-            ids: The ids; one that stands twice is asked for once. They may also be passed by the parameter's name.
+            ids: The ids; one that stands twice is asked for once. They may also be passed as `ids=`, whatever the function
+                calls them.
             *args: The function's other arguments.
             **kwargs: Likewise.
 
         Returns:
             Each id that has a result with it, in the order of the ids.
         """
-        return self._get(None, (ids, *args), kwargs)
+        return cast("CoroutineType[Any, Any, dict[K, V]]", self._get(None, (ids, *args), kwargs))
 
     def key(self, id_: K, /, *args: P.args, **kwargs: P.kwargs) -> str:
         """Return the key that an id's result is stored under.
@@ -80,7 +84,7 @@ class CachedManyFunction(CachedCallable, Generic[K, P, V]):
         return self._call((*before, one, *after), kwargs, len(before)).key
 
     @_ids_by_name
-    async def peek(self, ids: Iterable[K], /, *args: P.args, **kwargs: P.kwargs) -> dict[K, Peeked[V]]:
+    async def peek(self, ids: Iterable[K], *args: P.args, **kwargs: P.kwargs) -> dict[K, Peeked[V]]:
         """Look at what is stored of several ids, without computing.
 
         Returns:
@@ -88,12 +92,12 @@ class CachedManyFunction(CachedCallable, Generic[K, P, V]):
         """
         self._check_binding()
         calls = self._calls((ids, *args), kwargs)
-        peeked = await _together(self._cache.peek(store, part) for store, part in self._by_store(calls).items())
+        peeked = await _together(peek(self._cache, store, part) for store, part in self._by_store(calls).items())
         by_key = {key: one for part in peeked for key, one in part.items()}
         return {id_: by_key[call.key] for id_, call in calls.items() if call.key in by_key}
 
     @_ids_by_name
-    async def refresh(self, ids: Iterable[K], /, *args: P.args, **kwargs: P.kwargs) -> dict[K, V]:
+    async def refresh(self, ids: Iterable[K], *args: P.args, **kwargs: P.kwargs) -> dict[K, V]:
         """Compute several ids anew and store that; several refreshes of an id at once compute it once.
 
         Returns:
@@ -123,12 +127,12 @@ class CachedManyFunction(CachedCallable, Generic[K, P, V]):
         values = dict(given)
         by_call = {id(call): values[id_] for id_, call in calls.items()}
         await _together(
-            self._cache.prime(store, part, [by_call[id(call)] for call in part])
+            prime(self._cache, store, part, [by_call[id(call)] for call in part])
             for store, part in self._by_store(calls).items()
         )
 
     @_ids_by_name
-    async def invalidate(self, ids: Iterable[K], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    async def invalidate(self, ids: Iterable[K], *args: P.args, **kwargs: P.kwargs) -> None:
         """Delete the results of several ids, in the store and here; computations under way in this process are not stored.
 
         Raises:
@@ -136,7 +140,7 @@ class CachedManyFunction(CachedCallable, Generic[K, P, V]):
         """
         self._check_binding()
         calls = self._calls((ids, *args), kwargs)
-        await _together(self._cache.invalidate(store, part) for store, part in self._by_store(calls).items())
+        await _together(invalidate(self._cache, store, part) for store, part in self._by_store(calls).items())
 
     def _lacks_instance(self) -> bool:
         return not self._bound and self._cache.stores.first in {"self", "cls"}
@@ -217,62 +221,16 @@ async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [await works[0]] if len(works) == 1 else await asyncio.gather(*works)
 
 
-def compute_many(function: Callable[..., Awaitable[Any]]) -> Callable[[Sequence[Call]], Awaitable[Sequence[Any]]]:
-    """Adapt a function from ids to a mapping to what a cache computes with.
-
-    Args:
-        function: The program's function.
-
-    Returns:
-        A function from calls to a result for each, or `ABSENT`.
-    """
-    name = function.__qualname__
-
-    async def compute(calls: Sequence[Call]) -> Sequence[Any]:
-        first = calls[0]
-        position = first.id_position
-        ids = [call.args[position] for call in calls]
-        # A list of its own, which it may change.
-        returned = await function(*first.args[:position], list(ids), *first.args[position + 1 :], **first.kwargs)
-        if returned is not None and not isinstance(returned, Mapping):
-            raise TypeError(f"{name} must return a mapping from ids to results, not {type(returned).__name__}")
-        # A copy: it may be a view of what goes on changing.
-        results = {} if returned is None else dict(returned)
-        _check_types_of_ids(name, ids, results)
-        return [results.get(id_, ABSENT) for id_ in ids]
-
-    return compute
-
-
-def _check_types_of_ids(name: str, ids: Sequence[object], results: Mapping[Any, object]) -> None:
-    """Refuse results under ids of another type, such as "1" for 1: these ids would be computed at every call."""
-    missing = [id_ for id_ in ids if id_ not in results]
-    if not missing or len(missing) + len(results) == len(ids):
-        return
-    asked = set(ids)
-    others = {_text(key): key for key in results if key not in asked}
-    for id_ in missing:
-        other = others.get(_text(id_))
-        if other is not None and type(other) is not type(id_):
-            raise TypeError(
-                f"{name} was asked for an id of type {type(id_).__name__} and returned a result for one of type "
-                f"{type(other).__name__} with the same text; return results under the ids that were asked for"
-            )
-
-
-def _text(id_: object) -> str:
-    return id_.decode(errors="replace") if isinstance(id_, bytes) else str(id_)
-
-
 class CachedManyClassMethod(Generic[K, P, V]):
     """A cached class method of ids; asked of a class or an instance, it gives a `CachedManyFunction` bound to the class."""
 
     def __init__(self, cached: CachedManyFunction[K, ..., V]) -> None:
-        self._cached = cached
+        # Named as that of a classmethod.
+        self.__func__ = cached
 
     def __get__(self, instance: object, owner: type) -> CachedManyFunction[K, P, V]:
         """Bind to the class that it is asked of."""
-        return cast("CachedManyFunction[K, P, V]", self._cached.bound_to(owner))
+        return cast("CachedManyFunction[K, P, V]", self.__func__.bound_to(owner))
 
 
 class ManyDecorator(Protocol):
@@ -394,6 +352,12 @@ def kv_cached_many(  # noqa: PLR0913 (keywords, each with a default that serves)
     def decorate(decorated: Any) -> Any:
         function = decorated.__func__ if isinstance(decorated, classmethod) else decorated
         check_coroutine_function(function)
+        names = [name for name in inspect.signature(function).parameters if name not in {"self", "cls"}]
+        if names and names[0] in ((ignored,) if isinstance(ignored, str) else ignored):
+            raise TypeError(
+                f"{function.__qualname__}: ignore names {names[0]!r}, the first parameter, which must be the list of ids; "
+                "put the ids first"
+            )
         recipe = Recipe(
             function=function,
             make_compute=compute_many,

@@ -1,4 +1,4 @@
-"""What modules, functions and classes are called in keys and schemas: the same in every process that runs their code."""
+"""The names of modules, functions and classes in keys and schemas: the same in every process that runs their code."""
 
 import pathlib
 import sys
@@ -11,7 +11,7 @@ HEAP_TYPE = 1 << 9
 
 
 SCRIPTS = ("__main__", "__mp_main__", "<run_path>")
-"""What the modules of scripts are called: the one that is run, that of multiprocessing's children, that of runpy.run_path."""
+"""The module names of scripts: when run, in the children of multiprocessing, and under runpy.run_path."""
 
 _script_names: dict[str, str] = {}
 _adopted_names: dict[str, str] = {}
@@ -38,30 +38,30 @@ def canonical_module(name: str) -> str:
         name: The `__module__` of a function or a class of this process.
 
     Returns:
-        The name; for that of a script, such as `"__main__"`, the name that the script has where it is imported.
+        The name. For a script, such as `"__main__"`, it is the name under which the script can be imported.
     """
     if name not in SCRIPTS:
         return name
     home = sys.modules.get(name)
     if home is not None:
-        # runpy.run_path, as `fal run` uses it, takes the module away after the run.
+        # runpy.run_path, which `fal run` uses, removes the module after the run.
         _script_names[name] = _name_of_script(vars(home))
     return _script_names.get(name, name)
 
 
 def module_of(named: Any) -> str:
-    """Return the name of the module of a class, a function or a type variable: the same wherever it was shipped by value.
+    """Return the module's name of a class, a function or a type variable, also where that was shipped by value.
 
     Args:
         named: An object with `__module__`.
 
     Returns:
-        The name as from `canonical_module`; of a script's class in another process, the name that the script has at home.
+        The name as from `canonical_module`. For a class that another process shipped, it is the name of the script there.
     """
     name = str(named.__module__)
     if name not in SCRIPTS or find_named(named) is named:
         return canonical_module(name)
-    # Code that was shipped by value runs beside a __main__ that is not its own. Its functions know their file.
+    # Code that was shipped by value runs in a process with another __main__. Its functions know their file.
     for function in (named, *vars(named).values()) if isinstance(named, type) else (named,):
         namespace = getattr(function, "__globals__", {})
         if namespace.get("__name__") == name and namespace.get("__file__"):
@@ -70,14 +70,14 @@ def module_of(named: Any) -> str:
 
 
 def script_names() -> dict[str, str]:
-    """Return what the names of scripts mean in this process, for the processes that its code is shipped to."""
+    """Return the canonical names of this process's scripts, for the processes that receive its code."""
     for name in SCRIPTS:
         canonical_module(name)
     return {**_script_names, **_adopted_names}
 
 
 def adopt_script_names(names: dict[str, str]) -> None:
-    """Note what the names of scripts mean in the process that code was shipped from.
+    """Store the canonical names of scripts of the process that code comes from.
 
     Args:
         names: What `script_names` returns there.
@@ -92,13 +92,13 @@ def _name_of_script(namespace: dict[str, Any]) -> str:
     if not file:
         return "__main__"
     stem = pathlib.Path(file).stem
-    # Of what was shipped, cloudpickle tells the package and not the spec.
+    # cloudpickle ships the name of the package, but not the spec.
     package = namespace.get("__package__")
     return stem if not package else str(package) if stem == "__main__" else f"{package}.{stem}"
 
 
 def _was_shipped(kind: object) -> bool:
-    """Return whether cloudpickle has made a class here. Of its own classes it also knows those that it has sent."""
+    """Return whether cloudpickle made a class here. Its table also holds the classes that this process has sent."""
     made = getattr(sys.modules.get("cloudpickle.cloudpickle"), "_DYNAMIC_CLASS_TRACKER_BY_CLASS", ())
     try:
         return bool(_adopted_names) and kind in made
@@ -107,7 +107,7 @@ def _was_shipped(kind: object) -> bool:
 
 
 def find_named(named: Any) -> object:
-    """Return what is found under the name of a class or a function in its module, or None."""
+    """Return the object that has the name of a class or a function in its module, or None."""
     found: object = sys.modules.get(named.__module__)
     for part in str(getattr(named, "__qualname__", None) or getattr(named, "__name__", "")).split("."):
         found = getattr(found, part, None)
@@ -115,7 +115,7 @@ def find_named(named: Any) -> object:
 
 
 def class_identity(kind: type) -> tuple[object, ...]:
-    """Return what a class is called: module and qualified name, and the arguments of a generic model.
+    """Return the identity of a class: module and qualified name, and the arguments of a generic model.
 
     Args:
         kind: A class.
@@ -128,7 +128,7 @@ def class_identity(kind: type) -> tuple[object, ...]:
     """
     generic = vars(kind).get("__pydantic_generic_metadata__")
     if generic and generic["origin"] is not None:
-        # Page[a.User] and Page[b.User] have one name.
+        # Page[a.User] and Page[b.User] have the same name.
         return ("generic", class_identity(generic["origin"]), *map(type_identity, generic["args"]))
     name = kind.__qualname__
     if "<locals>" in name:
@@ -138,16 +138,16 @@ def class_identity(kind: type) -> tuple[object, ...]:
 
 
 def type_identity(kind: Any) -> tuple[object, ...]:  # noqa: PLR0911 (one for each kind)
-    """Return what an argument of a generic class is called.
+    """Return the identity of an argument of a generic class.
 
     Args:
-        kind: A class, or what `typing` makes of classes.
+        kind: A class, or a type that `typing` makes of classes.
 
     Returns:
         Nested tuples of text, and of values that stand in the type.
 
     Raises:
-        Unencodable: It is neither, or a class that it consists of has no name of its own.
+        Unencodable: It is of another kind, or holds a class without a name of its own.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
@@ -170,13 +170,13 @@ def type_identity(kind: Any) -> tuple[object, ...]:  # noqa: PLR0911 (one for ea
 
 
 def _check_is_named(kind: type) -> None:
-    """Refuse a class whose name does not lead to it, as pickle does: others may bear that name."""
+    """Refuse a class whose name leads to another object, as pickle does: two classes may have one name."""
     module = kind.__module__
     if sys.modules.get(module) is None or not kind.__flags__ & HEAP_TYPE:
         return
     found = find_named(kind)
     if found is kind or _was_shipped(kind):
         return
-    # Code that was shipped by value runs beside a __main__ that is not its own.
+    # Code that was shipped by value runs in a process with another __main__.
     if isinstance(found, type) or (found is None and module != "__main__"):
         raise Unencodable(kind, "is not the class that its module has under that name")

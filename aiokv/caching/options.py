@@ -1,5 +1,6 @@
-"""What a program may say to `kv_cached`, checked at decoration."""
+"""The options of `kv_cached`, checked at decoration."""
 
+import inspect
 import math
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,6 +38,11 @@ class CacheOptions(Record, kw_only=True):
     observer: Callable[[CacheEvent], None] | None = None
 
     def __post_init__(self) -> None:  # noqa: C901, PLR0912 (one check after the other)
+        if inspect.iscoroutinefunction(self.ttl):
+            raise TypeError(
+                "ttl must be seconds, a timedelta or a plain function of the result, not a coroutine function; "
+                "as a decorator, write @kv_cached(ttl=60) with its parentheses"
+            )
         if not callable(self.ttl):
             ttl_seconds("ttl", self.ttl)
         if self.none_ttl is not ... and self.none_ttl is not None:
@@ -51,6 +57,7 @@ class CacheOptions(Record, kw_only=True):
         for name in ("stale_while_revalidate", "stale_if_error"):
             if not 0 <= _seconds(name, getattr(self, name)) <= MAX_TTL_SECONDS:
                 raise ValueError(f"{name} must be from 0 to {MAX_TTL_SECONDS:,} seconds, not {getattr(self, name)!r}")
+        object.__setattr__(self, "read_timeout", _seconds("read_timeout", self.read_timeout))
         if not 0 < self.read_timeout < math.inf:
             raise ValueError(f"read_timeout must be more than 0 seconds, not {self.read_timeout!r}")
         for name, words in (
@@ -82,16 +89,16 @@ class CacheOptions(Record, kw_only=True):
         return _seconds("stale_if_error", self.stale_if_error)
 
     def ttl_of(self, result: object) -> float | None:
-        """Say how long a result is fresh.
+        """Return how long a result is fresh.
 
         Args:
             result: What the function returned.
 
         Returns:
-            Seconds, without jitter; None where it is not to be stored.
+            Seconds, without jitter; None where the result is not to be stored.
 
         Raises:
-            ValueError: The program's own function gave a ttl that is not acceptable.
+            ValueError: The program's ttl function returned NaN.
         """
         if self.when is not None and not self.when(result):
             return None
@@ -108,13 +115,13 @@ class CacheOptions(Record, kw_only=True):
         return min(seconds, MAX_TTL_SECONDS) if seconds > 0 else None
 
     def kept_seconds(self, fresh_seconds: float) -> int:
-        """Say how long the store is to keep a result.
+        """Return how long the store is to hold a result.
 
         Args:
-            fresh_seconds: How long it is fresh.
+            fresh_seconds: How long the result is fresh.
 
         Returns:
-            Whole seconds that the service takes, long enough to serve it stale where that is allowed.
+            Whole seconds within the limits of the service, long enough to serve the result stale where that is allowed.
         """
         stale = max(self.stale_seconds, self.error_seconds)
         return min(max(math.ceil(fresh_seconds + stale), MIN_TTL_SECONDS), MAX_TTL_SECONDS)
@@ -139,8 +146,8 @@ def ttl_seconds(name: str, value: Ttl) -> float:
         Seconds.
 
     Raises:
-        TypeError: It is of another type.
-        ValueError: It is less than a second, more than 30 days, or NaN.
+        TypeError: The value is of another type.
+        ValueError: The value is less than a second, more than 30 days, or NaN.
     """
     seconds = _seconds(name, value)
     if not MIN_CACHE_TTL_SECONDS <= seconds <= MAX_TTL_SECONDS:

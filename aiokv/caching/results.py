@@ -1,15 +1,15 @@
-"""From a result to JSON and back: what comes back is what went in, or it is not stored. Pure.
+"""From a result to JSON and back: a result that would come back changed is not stored. Pure.
 
-What is a `TypeError` (results of this type cannot be stored) and what is `NotStorable` (this one cannot):
+`TypeError` means that results of this type cannot be stored, `NotStorable` that this one result cannot:
 
-- `TypeError`: a set, a tuple or a class under no annotation or one of native JSON types; another type than annotated, at any
-  depth; an annotation that does not accept its own JSON; an annotation that masks, such as `SecretStr`.
+- `TypeError`: a set, a tuple or an object where there is no annotation, or one of native JSON types; another type than
+  annotated, at any depth; an annotation that does not accept its own JSON; an annotation that masks, such as `SecretStr`.
 - `NotStorable`: NaN or infinity where the annotated type has no text for them (native JSON types, most models); an int of more
-  than 64 bits as a native type; a lone surrogate; bytes that are not UTF-8 in a model; what is nested too deeply or holds
-  itself; state that JSON loses, such as excluded fields, private and extra attributes, and what a validator changes once more.
+  than 64 bits as a native type; a lone surrogate; bytes that are not UTF-8 in a model; a value that is nested too deeply or
+  holds itself; state that JSON loses, such as excluded fields, private and extra attributes; a value that a validator changes.
 
-The JSON of a model holds its fields by name. `model_fields_set` comes back, too: unset fields are left out where their defaults
-are part of the schema's mark; else ` [[sets, indices],`, a line break, the JSON and `]` are stored, which is JSON as well.
+The JSON of a model holds its fields by name. `model_fields_set` comes back, too. Where the mark of the schema covers their
+defaults, unset fields are left out. Else the stored text is ` [[sets, indices],`, a line break, the JSON and `]`: JSON as well.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
+from aiokv.caching.annotation import return_annotation
 from aiokv.caching.jsonable import Difference, find_not_native, find_unholdable, is_native, models_in
 from aiokv.caching.roundtrip import difference
-from aiokv.caching.schema import Schema, describe, is_json_native_type, return_annotation, type_adapter
+from aiokv.caching.schema import Schema, describe, is_json_native_type, type_adapter
 
 _NATIVE = "str, int, float, bool, None, list and dict with str keys"
 _TOO_DEEP: Final = Difference("", "is nested too deeply for JSON, or holds itself", is_type=False)
@@ -32,7 +33,7 @@ _OTHER_MODELS: Final = Difference("", "comes back with other models", is_type=Tr
 _WARNED = "Pydantic serializer warnings"
 _DEEP = ("Error serializing to JSON: ValueError: Circular reference", "Error serializing to JSON: ValueError: Maximum")
 _UNREADABLE = frozenset({"json_invalid", "recursion_loop"})
-# No writer of JSON begins with a space; of bytes, the first item is a number.
+# No JSON writer begins with a space. The first item of bytes is a number.
 _SPACES = frozenset({" ", ord(" ")})
 _ADVICE = (
     ("NaN", "return None or a str in its place"),
@@ -48,14 +49,14 @@ class NotStorable(Exception):  # noqa: N818 (no fault of the program: the caller
 
 
 class _Mode(NamedTuple):
-    """A way to write a result: options of pydantic's serializer, and whether the set fields are stored beside."""
+    """A way to write a result: options of pydantic's serializer, and whether the set fields are stored beside the JSON."""
 
     options: dict[str, Any]
     keeps_sets: bool
 
 
 class ResultCodec:
-    """Write one function's results as JSON, and read them.
+    """The writer and reader of one function's results as JSON.
 
     Args:
         function: The function, for its name and its return annotation.
@@ -63,7 +64,7 @@ class ResultCodec:
         part: Returns the type of a stored result for the annotation, where a part of what is returned is stored.
 
     Raises:
-        TypeError: The annotation cannot be decoded to.
+        TypeError: JSON cannot be decoded to the annotated type.
     """
 
     def __init__(
@@ -90,12 +91,12 @@ class ResultCodec:
 
         `ValueError`: the JSON is not of this function's results. What a validator of the type's own raises passes through.
         """
-        # What an annotation refers to may be defined later in its module: then at the first call.
+        # The annotation may use a name that its module defines later. Then the first call resolves it.
         with contextlib.suppress(NameError, AttributeError):
             self._resolve()
 
     def resolve(self) -> None:
-        """Find out what the function returns, unless that is known.
+        """Resolve the type of the results, unless that is done.
 
         Raises:
             TypeError: Its return annotation cannot be resolved or decoded to; the message says what to do.
@@ -110,7 +111,7 @@ class ResultCodec:
             ) from None
 
     def dump(self, result: object) -> bytes:
-        """Make a result's JSON, once it is sure that the same comes back of it.
+        """Make the JSON of a result, and check that the same result comes back.
 
         Args:
             result: What the function returned.
@@ -129,7 +130,7 @@ class ResultCodec:
                 if is_native(result):
                     return orjson.dumps(result)
             except (RecursionError, orjson.JSONEncodeError):
-                # Found again below, outside of the handler: the error would hold this one as its context.
+                # Reported below, outside of the handler: else the new error would hold this one as its context.
                 pass
             raise self._native_refusal(result)
         modes = self._modes
@@ -147,7 +148,7 @@ class ResultCodec:
     def _resolve(self) -> None:
         returns = self._part(return_annotation(self._function)) if self._returns is None else self._returns
         adapter = None if is_json_native_type(returns) else type_adapter(returns, self._name)
-        # After the adapter, which completes the models.
+        # After `type_adapter`, which completes the models.
         description = describe(returns)
         self.schema = description.mark
         self._orders = description.orders
@@ -260,7 +261,7 @@ def _explain(error: Exception, result: object, to_python: Callable[..., object])
 
 
 def _is_of_wrong_type(result: object, to_python: Callable[..., object]) -> bool:
-    """Return whether pydantic warns of a type where no text can fail before that."""
+    """Return whether pydantic warns of a type, without making text, which could fail for another reason."""
     try:
         to_python(result, warnings="error", round_trip=True)
     except Exception as error:  # noqa: BLE001 (a class of the program's may fail in its own way)
@@ -278,5 +279,5 @@ def _with_sets(sets: list[set[str]], data: bytes) -> bytes:
 def _restore(model: Any, names: Any) -> None:
     if isinstance(names, str) or any(type(name) is not str for name in names):
         raise TypeError
-    # A frozen model refuses its own way.
+    # A frozen model refuses plain assignment.
     object.__setattr__(model, "__pydantic_fields_set__", set(names))

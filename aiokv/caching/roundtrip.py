@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 from aiokv.caching.jsonable import ATOMS, Difference, unholdable
 
 _MISSING: Final = object()
-# Types of the standard library whose `==` sees everything that counts. Named, since importing them costs every program.
+# Modules of the standard library whose types compare by their whole state. Their names, since imports cost time.
 _EQUALITY_MODULES = frozenset({"datetime", "uuid", "ipaddress", "re", "zoneinfo", "fractions"})
 
 Orders = Sequence[Mapping[str, object]]
@@ -29,7 +29,7 @@ def difference(back: Any, result: Any, orders: Orders = ()) -> Difference | None
     """Find the first difference between a value and what came back of it.
 
     An int may come back as the equal float. An aware time may come back with the offset in place of its zone. A dict with the
-    keys of a `TypedDict` may come back in the declared order. What a `cached_property` remembers does not count. NaN is itself.
+    keys of a `TypedDict` may come back in the declared order. Cached properties do not count. NaN equals NaN.
 
     Args:
         back: What came back.
@@ -53,7 +53,7 @@ def difference(back: Any, result: Any, orders: Orders = ()) -> Difference | None
 
 def _differ_in_type(back: Any, result: Any) -> Difference | None:
     if type(back) is float and type(result) is int:
-        # What is annotated as float may be an int, by the language's own rules.
+        # By the rules of Python's type hints, `float` accepts an int.
         return None if back == result else _CHANGED
     reason = None if isinstance(result, bytes) else unholdable(result)
     if reason is not None:
@@ -63,13 +63,13 @@ def _differ_in_type(back: Any, result: Any) -> Difference | None:
 
 def _differ_as_floats(back: float, result: float, _: Orders) -> Difference | None:
     if back == result:
-        # The sign of zero, which == does not see.
+        # The sign of zero counts, which == ignores.
         return None if back or math.copysign(1.0, back) == math.copysign(1.0, result) else _CHANGED
     return None if back != back and result != result else _CHANGED  # noqa: PLR0124 (NaN)
 
 
 def _differ_as_float_bases(back: float, result: float, orders: Orders) -> Difference | None:
-    # As plain floats, whatever == a subclass defines.
+    # As plain floats: a subclass may define another ==.
     return _differ_as_floats(float.__pos__(back), float.__pos__(result), orders)
 
 
@@ -80,7 +80,7 @@ def _differ_as_complex(back: complex, result: complex, orders: Orders) -> Differ
 def _differ_as_times(back: Any, result: Any, _: Orders) -> Difference | None:
     if (back.tzinfo is None) is not (result.tzinfo is None) or back.utcoffset() != result.utcoffset():
         return _CHANGED
-    # With an offset, fold says nothing more; and == across zones is False for a whole hour of the year (PEP 495).
+    # Where there is an offset, fold adds nothing. Across zones, == is False for a whole hour of the year (PEP 495).
     if back.tzinfo is None and back.fold != result.fold:
         return _CHANGED
     return None if back.replace(tzinfo=None, fold=0) == result.replace(tzinfo=None, fold=0) else _CHANGED
@@ -163,12 +163,12 @@ def _differ_as_equals(back: object, result: object, _: Orders) -> Difference | N
 
 
 def _differ_as_decimals(back: Any, result: Any, _: Orders) -> Difference | None:
-    # With the exponent: 1.0 == 1.00.
+    # The exponent counts, too: 1.0 == 1.00.
     return None if back.as_tuple() == result.as_tuple() else _CHANGED
 
 
 def _differ_as_paths(back: object, result: object, _: Orders) -> Difference | None:
-    # By text: paths of Windows are equal whatever their case.
+    # By text: paths of Windows are equal where only their case differs.
     return None if str(back) == str(result) else _CHANGED
 
 
@@ -196,7 +196,7 @@ def _differ_in_dicts(back: Any, result: Any, orders: Orders) -> Difference | Non
 def _differ_in_state(
     state: Mapping[str, Any], other_state: Mapping[str, Any], orders: Orders, owner: type
 ) -> Difference | None:
-    """Compare attributes by name; what a cached property remembers does not count."""
+    """Compare attributes by name; the values of cached properties do not count."""
     if state.keys() != other_state.keys():
         for name in state.keys() ^ other_state.keys():
             if not isinstance(inspect.getattr_static(owner, name, None), functools.cached_property):
@@ -212,7 +212,7 @@ def _differ_in_state(
 
 
 def _slots(kind: type) -> list[str]:
-    """Return the names of the slots of a class and its bases, as they are attributes."""
+    """Return the names of the slots of a class and its bases, mangled where they are private."""
     names: list[str] = []
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
@@ -255,12 +255,12 @@ def _differ_as_bases(back: Any, result: Any, orders: Orders) -> Difference | Non
 
 
 def _differ_in_own_state(back: Any, result: Any, orders: Orders) -> Difference | None:
-    """Compare what a class's own `==` sees, and all attributes."""
+    """Compare by the `==` of the class, and by all attributes."""
     kind = type(back)
     slots = _slots(kind)
     if cast("Any", kind).__eq__ is object.__eq__:
         if not slots and not hasattr(back, "__dict__"):
-            # Its state is out of sight.
+            # Its state cannot be read.
             return _differ_as_identities(back, result, orders)
     elif not dataclasses.is_dataclass(kind) and (found := _differ_as_equals(back, result, orders)) is not None:
         return found

@@ -1,12 +1,13 @@
-"""What a function's annotation says of its results: how they are decoded, and a mark of their structure. Pure.
+"""The type of a function's results, from its annotation: how they are decoded, and a mark of their structure. Pure.
 
-The mark counts names and order of fields, their types, defaults, aliases and constraints, whether they are required, members of
-enums, and a model's configuration; of functions, and of classes with a pydantic schema of their own, the name. It is the same
-in every process, and whether a module is run or imported. Docstrings, descriptions and methods do not count.
+The mark covers names and order of fields, their types, defaults, aliases and constraints, whether they are required, members of
+enums, and the configuration of models. Functions count by name, and so do classes with a pydantic schema of their own. The mark
+is the same in every process, also where a module is run as a script. Docstrings, descriptions and methods do not count.
 """
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import inspect
 import re
@@ -14,7 +15,6 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from aiokv.caching.naming import SCRIPTS, module_of, script_names
@@ -37,10 +37,10 @@ _FUNCTIONS = (
 
 
 class Schema(NamedTuple):
-    """What the annotated type means for its JSON.
+    """The structure of the annotated type, as far as it matters for JSON.
 
     Args:
-        mark: Another structure has another mark; `""` for `Any`.
+        mark: A digest, which differs for another structure; `""` for `Any`.
         has_models: Whether pydantic models may occur, which remember the fields that were set.
         has_aliases: Whether a field has another name in JSON.
         may_omit_unset: Whether each default of a model is plain data and thereby part of the mark.
@@ -54,37 +54,16 @@ class Schema(NamedTuple):
     orders: tuple[dict[str, None], ...] = ()
 
 
-def return_annotation(function: Callable[..., object]) -> Any:
-    """Resolve a function's return annotation alone: others may name what only type checkers import.
-
-    Args:
-        function: The function, perhaps wrapped.
-
-    Returns:
-        The annotated type, `Any` where there is none.
-
-    Raises:
-        NameError: The annotation names what is not defined.
-    """
-    function = inspect.unwrap(function)
-
-    def stub() -> None: ...
-
-    stub.__annotations__ = {"return": getattr(function, "__annotations__", {}).get("return", Any)}
-    names: dict[str, Any] = getattr(function, "__globals__", {})
-    return typing.get_type_hints(stub, globalns=names, include_extras=True)["return"]
-
-
 def is_json_native_type(returns: Any) -> bool:
-    """Return whether values of a type are their own JSON, as far as the type can say it.
+    """Return whether the values of a type are JSON already, as far as the type shows.
 
     Args:
         returns: The annotated type.
 
     Returns:
-        True for `Any`, `object` and what is made of str, int, float, bool, None, list, and dict with str keys.
+        True for `Any`, `object` and types made of str, int, float, bool, None, list, and dict with str keys.
     """
-    # By identity: an annotation's metadata may not be hashable.
+    # By identity, since the metadata of an annotation may not be hashable.
     if any(returns is native for native in (Any, None, type(None), str, int, float, bool, dict, list, object)):
         return True
     origin, arguments = typing.get_origin(returns), typing.get_args(returns)
@@ -100,7 +79,7 @@ def is_json_native_type(returns: Any) -> bool:
 
 
 def type_adapter(returns: Any, name: str) -> Any:
-    """Make what writes and reads the results of a type.
+    """Make the adapter that writes and reads the results of a type.
 
     Args:
         returns: The annotated type.
@@ -111,7 +90,7 @@ def type_adapter(returns: Any, name: str) -> Any:
 
     Raises:
         TypeError: pydantic is not installed, or knows no way to decode the type.
-        NameError: A field of the type names what is not defined yet.
+        NameError: A field of the type uses a name that is not defined yet.
     """
     try:
         from pydantic import ConfigDict, PydanticUserError, TypeAdapter  # noqa: PLC0415 (an extra)
@@ -130,7 +109,7 @@ def type_adapter(returns: Any, name: str) -> Any:
             # A model, dataclass or TypedDict brings a configuration of its own.
             adapter = TypeAdapter(returns)
         if not adapter.pydantic_complete:
-            # A NameError, where a field names a class that is not defined yet.
+            # This raises NameError where a field uses a name that is not defined yet.
             adapter.rebuild(raise_errors=True)
     except PydanticUserError as error:
         if error.code == "class-not-fully-defined":
@@ -170,14 +149,14 @@ def type_name(returns: Any) -> str:
 
 
 class _Describer:
-    """Write types as text. A class that occurs again is a number, so that recursion ends."""
+    """A writer of types as text. A class that occurs again is written as a number, so that recursion ends."""
 
     def __init__(self) -> None:
         self.has_models = False
         self.has_aliases = False
         self.has_plain_defaults = True
         self.orders: list[dict[str, None]] = []
-        # With the objects, since an identity counts only as long as its object lives.
+        # Together with the objects, since an id is valid only as long as its object lives.
         self._seen: dict[int, tuple[int, object]] = {}
         self._depth = 0
 
@@ -303,7 +282,7 @@ class _Describer:
                 return f"{_name_of(kind)}({','.join(text for text, _ in pairs)})", all(plain for _, plain in pairs)
             if kind is dict:
                 return self._values("dict", [part for pair in items.items() for part in pair])
-            if kind is partial:
+            if kind is functools.partial:
                 return self._values("partial", [value.func, *value.args, value.keywords])[0], False
             if kind.__name__ == "FieldInfo":
                 return self._field(value, of_model=False), True
@@ -322,7 +301,7 @@ class _Describer:
 
 
 def _hints(kind: Any) -> dict[str, Any]:
-    """Resolve the annotations of a class; each alone where one names what is not defined."""
+    """Resolve the annotations of a class; one by one where a name is not defined."""
     try:
         return typing.get_type_hints(kind, include_extras=True)
     except Exception:  # noqa: BLE001 (evaluating an annotation runs the program's code)
@@ -347,7 +326,7 @@ def _name_of(value: Any) -> str:
 
 
 def _without_addresses(text: str) -> str:
-    # What metadata may hold, such as a function, has another address in each process.
+    # Metadata may hold objects such as functions, whose addresses differ between processes.
     text = re.sub(r" at 0x[0-9A-Fa-f]+", "", text)
     for script, name in script_names().items():
         text = text.replace(f"{script}.", f"{name}.")

@@ -10,11 +10,13 @@ import contextlib
 import copyreg
 import dataclasses
 import inspect
+import os
 import types
 import typing
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
+from aiokv.caching.annotation import return_annotation
 from aiokv.caching.cache import Cache
 from aiokv.caching.codecs import Codec
 from aiokv.caching.computing import Compute
@@ -22,7 +24,6 @@ from aiokv.caching.keys import KeyMaker
 from aiokv.caching.naming import find_named
 from aiokv.caching.options import CacheOptions
 from aiokv.caching.results import ResultCodec
-from aiokv.caching.schema import return_annotation
 
 STAND_IN: Final = "_stand_in"
 """The attribute of a cached function under which its stand-in is found."""
@@ -42,6 +43,7 @@ class Recipe:
         returns: The type to decode to; None takes the annotation.
         batch_size: As for `Cache`.
         hints: Classes that came along with it, with their annotations where these were text.
+        token: Tells this decoration apart from all others, wherever it travels.
     """
 
     function: Callable[..., Awaitable[Any]]
@@ -53,6 +55,7 @@ class Recipe:
     returns: Any = None
     batch_size: int | None = None
     hints: tuple[tuple[type, dict[str, Any]], ...] = ()
+    token: str = dataclasses.field(default_factory=lambda: os.urandom(16).hex())
 
     def cache(self) -> Cache:
         """Return the cache, which is built at the first call.
@@ -82,12 +85,15 @@ class Recipe:
         state = {name: value for name, value in self.__dict__.items() if name != "_cache"}
         # Elsewhere the names in annotations may mean nothing. Where they mean nothing here, the first call says so.
         with contextlib.suppress(Exception):
-            returns = self.part(return_annotation(self.function)) if self.returns is None else self.returns
+            returns = self.returns
+            if returns is None:
+                annotated = return_annotation(self.function)
+                returns = self.part(annotated)
+                if annotated is not getattr(inspect.unwrap(self.function), "__annotations__", {}).get("return"):
+                    state["returns"] = returns
             known = dict(self.hints)
             _collect_hints(returns, known)
             state["hints"] = tuple((kind, hints) for kind, hints in known.items() if hints)
-            if _holds_text(getattr(inspect.unwrap(self.function), "__annotations__", {}).get("return")):
-                state["returns"] = returns
         return state
 
 

@@ -45,10 +45,12 @@ class StoreChoice:
         if self.fixed is not None:
             return self.fixed
         if self._of_call is not None:
-            if not self._needs_first:
-                return self._of_call()
             # A method's instance may be passed by name, too.
-            return self._of_call(args[0] if args else kwargs.get(self.first, self._first_default))
+            first = (args[0] if args else kwargs.get(self.first, self._first_default),) if self._needs_first else ()
+            chosen: object = self._of_call(*first)
+            if not isinstance(chosen, AsyncKVStore):
+                raise TypeError(f"the function that store= names must return an AsyncKVStore, not {type(chosen).__name__}")
+            return chosen
         if self._db_name is None:
             return default_store()
         self.fixed = AsyncKVStore(self._db_name)

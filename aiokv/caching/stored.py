@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aiokv import clock
-from aiokv.caching.access import SkippedError, Write
+from aiokv.caching.access import SkippedError
 from aiokv.caching.breaker import without_traceback
 from aiokv.caching.codecs import Codec
 from aiokv.caching.entries import Entry, pack, unpack
@@ -19,12 +19,14 @@ from aiokv.caching.keys import KeyMaker
 from aiokv.caching.near import NearView
 from aiokv.caching.options import CacheOptions
 from aiokv.caching.results import NotStorable, ResultCodec
+from aiokv.caching.writes import Write
 from aiokv.errors import CallTimeoutError, StoreClosedError, ValueTooLargeError
 from aiokv.limits import MAX_VALUE_BYTES, check_value_size
 from aiokv.store import AsyncKVStore
 
 logger = logging.getLogger("aiokv")
 
+_CHANGED = "an argument changed while the function ran; have it change a copy, or leave the argument out (ignore=)"
 MAX_BEHIND = 64
 """How many refreshes, and how many writes, may go on behind callers."""
 
@@ -148,7 +150,7 @@ class StoredResults:
             skip_write: Whether the store is known to fail.
             must: Whether a store that fails is an error of the callers, as for `prime`.
         """
-        flights, must_write = batch[0].flights, must or self._options.write == "await"
+        flights, waits = batch[0].flights, must or self._options.write == "await"
         outcomes: dict[Flight, Outcome] = {}
         entries: dict[str, Entry] = {}
         writes: list[Write] = []
@@ -165,7 +167,7 @@ class StoredResults:
                 outcomes[flight] = Outcome(error=_as_ours(flight.store, error, flight.call.key, "set"))
             # From here on a call reads what is being written, and does not wait for that.
             flights.remove(flight)
-        if writes and not must_write and flights.writes_behind < MAX_BEHIND:
+        if writes and not waits and flights.writes_behind < MAX_BEHIND:
             _end(outcomes)
         if writes:
             await self._write(batch, writes, entries, outcomes, computed.started, must=must)
@@ -252,7 +254,7 @@ class StoredResults:
                 self._near.drop(places[key])
         return {key: _overtaken(store, key, "delete") for key in overtaken} | errors
 
-    def _encode(
+    def _encode(  # noqa: PLR0911 (one for each way to end)
         self, flight: Flight, value: Any, computed: Computed, *, unchanged: bool
     ) -> tuple[Outcome, tuple[Write, Entry] | None]:
         """Return what the callers of one flight get, and what is to be written for it, if anything is."""
@@ -267,9 +269,15 @@ class StoredResults:
             except TypeError:
                 if fresh_seconds is not None:
                     raise
+            if not unchanged:
+                reason = (
+                    "an argument changed while the function ran; have it change a copy, or leave the argument out (ignore=)"
+                )
+                self._events.not_stored(key, self._keys.prefix, reason)
+                return Outcome(json, value, kind="private"), None
             if fresh_seconds is None or json is None:
                 self._events.emit("not_stored", key)
-                return Outcome(json, value, kind="shared" if unchanged else "private"), None
+                return Outcome(json, value), None
             own = self._results.load(json)
             if not flight.may_land(self.generations):
                 return Outcome(json, own=own), None

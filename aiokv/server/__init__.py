@@ -1,4 +1,4 @@
-"""The service itself, to run oneself: the wire protocol over any backend."""
+"""The server, for programs that run their own: the wire protocol over any backend."""
 
 from aiokv.server.access import AccessFile, add_key
 from aiokv.server.app import Service

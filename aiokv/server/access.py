@@ -1,8 +1,8 @@
-"""Who may use the server: keys in an access file, exchanged for short-lived signed tokens.
+"""Accounts of the server: keys in an access file, exchanged for short-lived signed tokens.
 
-The file is text, one key a line, `<account>:sha256:<hash>`, under a first line with the key that signs tokens. A line that
-is removed revokes its key and the tokens made from it; an account with two lines has two keys, which is how keys are rotated.
-Secrets are 256 random bits, so a plain hash keeps them as safe as a slow one would.
+The file is text: first a line with the key that signs tokens, then one key a line, `<account>:sha256:<hash>`. To revoke a key
+and its tokens, remove its line. An account with two lines has two keys, so keys can be rotated. A secret is 256 random bits,
+so a plain hash protects it as well as a slow one.
 """
 
 import hashlib
@@ -11,11 +11,11 @@ import logging
 import os
 import re
 import secrets
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from aiokv import clock as process_clock
 from aiokv.backends.base import Clock
 from aiokv.errors import ConfigurationError
 
@@ -41,24 +41,24 @@ _NO_HASH = "0" * 64
 
 
 class IssuedToken(NamedTuple):
-    """A signed token and when it expires."""
+    """A signed token, and the time at which it expires."""
 
     token: str
     expires_at: datetime
 
 
 def add_key(path: str | Path, account: str) -> str:
-    """Make a key for an account and add its hash to an access file, which is made where it is absent.
+    """Make a key for an account, and add its hash to an access file; make the file where it is absent.
 
     Args:
-        path: The access file; made readable by its owner alone.
-        account: 1 to 64 letters, digits, `.`, `_` or `-`; one that has a key gets a further one.
+        path: The access file; a new one is readable by its owner alone.
+        account: 1 to 64 letters, digits, `.`, `_` or `-`; an account that has a key gets a second one.
 
     Returns:
         The key, `<account>:<secret>`, which is stored nowhere.
 
     Raises:
-        ConfigurationError: The account's name is not acceptable, or the file cannot be written or is of another kind.
+        ConfigurationError: The account's name has other characters, or the file cannot be written or is no access file.
     """
     if not _ACCOUNT.fullmatch(account):
         raise ConfigurationError(f"account must be 1 to 64 letters, digits, '.', '_' or '-', not {account[:100]!r}")
@@ -67,9 +67,9 @@ def add_key(path: str | Path, account: str) -> str:
     try:
         _make_if_absent(path)
         _parse(path)
-        # Appended in one write: two of these at once both stand in the file.
-        # An editor may have left the last line without its end.
+        # An editor may have left the last line without a line break.
         separator = "" if path.read_bytes().endswith(b"\n") else "\n"
+        # Append in one write, so that two calls at once both add their line.
         with path.open("a", encoding="ascii") as file:
             file.write(f"{separator}{account}:sha256:{_hash(secret)}\n")
     except OSError as error:
@@ -80,20 +80,20 @@ def add_key(path: str | Path, account: str) -> str:
 def _make_if_absent(path: Path) -> None:
     if path.exists():
         return
-    # Written aside and linked into place: nobody meets it half made, and of two makers one wins.
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    # Write a temporary file and link it into place: nobody reads half a file, and of two processes one wins.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(f"{_HEADER}!signing-key {secrets.token_hex(32)}\n")
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(aside, path)
+            os.link(temporary, path)
         except FileExistsError:
             return
     finally:
-        aside.unlink()
+        temporary.unlink()
 
 
 def _hash(secret: str) -> str:
@@ -101,7 +101,7 @@ def _hash(secret: str) -> str:
 
 
 def _parse(path: Path) -> tuple[bytes, dict[str, tuple[str, ...]]]:
-    """Read an access file: the signing key, and each account's hashes."""
+    """Return the signing key of an access file, and the hashes of each account."""
     signing_key: bytes | None = None
     accounts: dict[str, tuple[str, ...]] = {}
     try:
@@ -121,7 +121,7 @@ def _parse(path: Path) -> tuple[bytes, dict[str, tuple[str, ...]]]:
         elif match := _KEY_LINE.fullmatch(text):
             accounts[match[1]] = (*accounts.get(match[1], ()), match[2])
         else:
-            # The line is not shown: somebody may have put a secret there.
+            # The message does not show the line, which may hold a secret.
             raise ConfigurationError(f"access file {path}, line {number}: expected <account>:sha256:<64 hex digits>")
     if signing_key is None:
         raise ConfigurationError(f"access file {path} has no !signing-key line; make one with `aiokv access add <account>`")
@@ -129,17 +129,17 @@ def _parse(path: Path) -> tuple[bytes, dict[str, tuple[str, ...]]]:
 
 
 class AccessFile:
-    """Check keys and tokens against an access file, which is read again when it changes.
+    """The accounts of an access file, which is read again when it changes.
 
     Args:
         path: The file.
-        clock: Gives the present as seconds since the epoch.
+        clock: Returns the present as seconds since the epoch; None takes `aiokv.clock.now`, looked up at each use.
 
     Raises:
         ConfigurationError: The file is absent or malformed, or the package that signs tokens is not installed.
     """
 
-    def __init__(self, path: str | Path, clock: Clock = time.time) -> None:
+    def __init__(self, path: str | Path, clock: Clock | None = None) -> None:
         self._path = Path(path)
         self._clock = clock
         self._jwt = _import_jwt()
@@ -147,8 +147,8 @@ class AccessFile:
         self._signing_key, self._accounts = _parse(self._path)
         if self._path.stat().st_mode & 0o077:
             logger.warning("access file %s can be read by others, who could sign tokens with it; chmod 600 it", self._path)
-        self._next_check = time.monotonic() + _RELOAD_INTERVAL_SECONDS
-        # A token's signature is checked once; after that this says whose it is and until when.
+        self._next_check = process_clock.monotonic() + _RELOAD_INTERVAL_SECONDS
+        # The tokens whose signature was checked, each with its account and the time at which it expires.
         self._known_tokens: dict[str, tuple[str, float]] = {}
 
     def issue_token(self, authorization: str) -> IssuedToken | None:
@@ -164,19 +164,19 @@ class AccessFile:
         if found is None:
             return None
         account, key_hash = found
-        expires_at = int(self._clock()) + TOKEN_LIFETIME_SECONDS
+        expires_at = int(self._now()) + TOKEN_LIFETIME_SECONDS
         claims = {"sub": account, "key": key_hash[:_FINGERPRINT_CHARS], "exp": expires_at}
         token: str = self._jwt.encode(claims, self._signing_key, algorithm="HS256")
         return IssuedToken(token, datetime.fromtimestamp(expires_at, UTC))
 
     def account_of_token(self, authorization: str) -> str | None:
-        """Check a token.
+        """Return the account of a token.
 
         Args:
             authorization: The Authorization header, `Bearer <token>`.
 
         Returns:
-            The account, or None where the token is forged, expired, or made from a key that is gone.
+            The account, or None where the token is forged or expired, or its key was revoked.
         """
         self._reload_if_changed()
         known = self._known_tokens.get(authorization)
@@ -188,7 +188,10 @@ class AccessFile:
                 self._known_tokens.clear()
             self._known_tokens[authorization] = known
         account, expires_at = known
-        return account if self._clock() < expires_at else None
+        return account if self._now() < expires_at else None
+
+    def _now(self) -> float:
+        return process_clock.now() if self._clock is None else self._clock()
 
     def _verify(self, authorization: str) -> tuple[str, float] | None:
         scheme, _, token = authorization.partition(" ")
@@ -199,7 +202,7 @@ class AccessFile:
                 token,
                 self._signing_key,
                 algorithms=["HS256"],
-                # Expiry is checked at each call, by our own clock.
+                # `account_of_token` checks the expiry at each call, by our own clock.
                 options={"require": ["sub", "key", "exp"], "verify_exp": False},
             )
         except self._jwt.InvalidTokenError:
@@ -216,14 +219,14 @@ class AccessFile:
         account, _, secret = key.partition(":")
         offered = _hash(secret)
         hashes = self._accounts.get(account, ())
-        # Every hash is compared, and an unknown account's too, so that time tells nothing.
+        # Compare every hash, and one for an unknown account too, so that the time taken reveals nothing.
         matches = [hmac.compare_digest(offered, key_hash) for key_hash in hashes or (_NO_HASH,)]
         if scheme.lower() != "key" or not hashes or not any(matches):
             return None
         return account, offered
 
     def _reload_if_changed(self) -> None:
-        now = time.monotonic()
+        now = process_clock.monotonic()
         if now < self._next_check:
             return
         self._next_check = now + _RELOAD_INTERVAL_SECONDS
@@ -233,7 +236,7 @@ class AccessFile:
         try:
             signing_key, accounts = _parse(self._path)
         except ConfigurationError as error:
-            # Half-edited, perhaps: what was read last stays in force until the file is right again.
+            # The file may be half edited: its last good version stays in force.
             logger.error("access file not reloaded: %s", error)  # noqa: TRY400 (the message says all)
             return
         self._stamp, self._signing_key, self._accounts = stamp, signing_key, accounts

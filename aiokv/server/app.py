@@ -1,16 +1,17 @@
-"""HTTP to backend and back: routes, limits while the body streams in, and errors as JSON."""
+"""The HTTP service over a backend: routes, limits while the body arrives, and errors as JSON."""
 
 import asyncio
 import contextlib
 import logging
 import secrets
 from collections.abc import Generator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import HttpVersion11, web
 
+from aiokv import clock
 from aiokv.backends.base import Backend
 from aiokv.errors import CallError, ConfigurationError, StorageFullError, ValueTooLargeError
 from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_VALUE_BYTES
@@ -25,16 +26,16 @@ _JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store"
 _DONE_BODY = orjson.dumps({"ok": True})
 _MAX_TOKEN_REQUEST_BYTES = 64 * 1024
 READINESS_PROBE = ("aiokv-readiness", "probe")
-"""An entry that is read to see whether the backend answers."""
+"""The namespace and key that are read to find out whether the backend answers."""
 
 
 class Service:
-    """Answer the wire protocol over a backend.
+    """The wire protocol over a backend.
 
     Args:
-        backend: Where values live; the caller opens and closes it.
-        access: Who may use it, each account with stores of its own; None takes any credentials and none, and answers only
-            requests that were sent to a loopback name, so that no web page can reach it by a name of its own.
+        backend: The store of the values; the caller opens and closes it.
+        access: The accounts, each with stores of its own. None takes any credentials or none, and answers only requests whose
+            Host header is a loopback name: a web page whose own host name leads here cannot use the service.
         body_timeout_seconds: How long the body of one request may take to arrive.
     """
 
@@ -49,7 +50,7 @@ class Service:
         """Answer one request.
 
         Args:
-            request: As aiohttp's low-level server gives it.
+            request: A request of aiohttp's low-level server.
 
         Returns:
             The answer; every error is `{"error": "<message>"}`.
@@ -59,7 +60,7 @@ class Service:
         except _Refusal as refusal:
             response = _error(refusal.status, refusal.message, refusal.headers)
             if "Expect" in request.headers:
-                # The client may send the body all the same, or not: what comes next could not be told apart.
+                # The client may send the body or not, so the next bytes could be a body or a request.
                 response.force_close()
             return response
         except ValueTooLargeError as error:
@@ -77,10 +78,10 @@ class Service:
             return _error(500, "internal error")
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
-        # The path as it was sent: aiohttp's own decoding would lose what tells keys apart.
+        # The path as it was sent: after aiohttp's decoding, different keys may look the same.
         path, _, query = request.raw_path.partition("?")
         if not path.startswith("/"):
-            # The absolute form, which a server must take too (RFC 9112 section 3.2.2).
+            # The absolute form, which a server must accept too (RFC 9112 section 3.2.2).
             path = "/" + path.partition("://")[2].partition("/")[2]
         _check_host(request, loopback_only=self._access is None)
         verb, _, entry = path[1:].partition("/")
@@ -116,9 +117,9 @@ class Service:
     async def _token(self, request: web.BaseRequest) -> web.Response:
         await self._read_body(request, _MAX_TOKEN_REQUEST_BYTES)
         if self._access is None:
-            # Any token is taken; this one is made only so that clients which need one have it.
+            # The service accepts any token. Some clients need one before they send a request.
             token = secrets.token_urlsafe(32)
-            expires_at = datetime.now(UTC) + timedelta(seconds=TOKEN_LIFETIME_SECONDS)
+            expires_at = datetime.fromtimestamp(int(clock.now()) + TOKEN_LIFETIME_SECONDS, UTC)
         else:
             issued = self._access.issue_token(request.headers.get("Authorization", ""))
             if issued is None:
@@ -137,7 +138,7 @@ class Service:
         return _ok(orjson.dumps(body))
 
     def _scope(self, request: web.BaseRequest) -> str:
-        """Name the account's part of the backend; no account holds a `:`, so the first one ends it."""
+        """Return the prefix of the account's namespaces. It ends at the first `:`, since no account holds one."""
         if self._access is None:
             return ""
         account = self._access.account_of_token(request.headers.get("Authorization", ""))
@@ -154,12 +155,12 @@ class Service:
         try:
             return body.decode()
         except UnicodeDecodeError as error:
-            # Not chained: the error holds the value.
+            # The new error is not chained to this one, which holds the value.
             position = error.start
         raise _Refusal(400, f"the value is not UTF-8, from byte {position} on; encode binary data as text, such as base64")
 
     async def _read_body(self, request: web.BaseRequest, limit_bytes: int) -> bytes:
-        """Read a body that is never a form and never compressed, and stop as soon as it is too long."""
+        """Read a body that is not compressed; stop as soon as it is too long."""
         encoding = request.headers.get("Content-Encoding", "identity").lower()
         if encoding != "identity":
             raise _Refusal(415, "the body must be sent without Content-Encoding")
@@ -186,11 +187,11 @@ class Service:
 
 
 class _ClientLeftError(ConnectionError):
-    """Say that there is nobody to answer; aiohttp takes it for what it is."""
+    """The client closed the connection; aiohttp handles it as such."""
 
 
 class _Refusal(Exception):  # noqa: N818 (an answer, not an error of ours)
-    """End a request with an error answer."""
+    """An error answer that ends a request."""
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -201,7 +202,7 @@ class _Refusal(Exception):  # noqa: N818 (an answer, not an error of ours)
 
 @contextlib.contextmanager
 def _as_refusal() -> Generator[None]:
-    """Answer what the checks of names and numbers refuse with their own words, and nothing else's."""
+    """Answer the ValueError of an argument check with 400 and its message."""
     try:
         yield
     except ValueError as error:
@@ -224,7 +225,7 @@ def _check_host(request: web.BaseRequest, *, loopback_only: bool) -> None:
         raise _Refusal(400, "the Host header must be ASCII")
     if not loopback_only:
         return
-    # A web page can make a browser send requests here, and with a name of its own that resolves here read the answers.
+    # DNS rebinding: a web page whose host name leads to this address could send requests here and read the answers.
     try:
         host = urlsplit(f"//{request.host}").hostname
     except ValueError:
@@ -240,17 +241,17 @@ def _ok(body: bytes) -> web.Response:
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
     response = web.Response(status=status, body=error_body(message), headers={**_JSON_HEADERS, **(headers or {})})
     if status in {408, 413}:
-        # The rest of the body is not worth reading.
+        # The rest of the body is not read.
         response.force_close()
     return response
 
 
 class HttpServer(web.Server):
-    """Make a protocol for each connection that answers what is not HTTP as JSON too.
+    """An aiohttp server that answers malformed HTTP with JSON, too.
 
     Args:
-        service: What answers.
-        keepalive_seconds: How long a connection may be idle, or take to send the head of its first request.
+        service: The handler of all requests.
+        keepalive_seconds: How long a connection may be idle, and how long the head of its first request may take.
     """
 
     def __init__(self, service: Service, keepalive_seconds: float) -> None:
@@ -261,7 +262,7 @@ class HttpServer(web.Server):
         """Make the protocol of a new connection.
 
         Returns:
-            The protocol; it decompresses nothing, since no compressed body is accepted.
+            The protocol, which decompresses nothing: the service refuses compressed bodies.
         """
         return _Protocol(
             self,
@@ -281,7 +282,7 @@ class _Protocol(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        # aiohttp's message quotes what was sent, which may be a secret.
+        # aiohttp's message quotes the request, which may hold a secret.
         logger.debug("refused a malformed request: %s", type(exc).__name__, extra={"status": status})
         del request, message
         response = _error(status, "the request is not well-formed HTTP, or its head is too long")

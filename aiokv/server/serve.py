@@ -1,4 +1,4 @@
-"""Bind, announce, serve, and stop: the server as a process or inside a program."""
+"""The server as a process or inside a program: bind, announce, serve and stop."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from aiokv.wire import is_loopback
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8787
-# Longer than a client keeps an idle connection, so that the client is the one to let go.
+# Longer than clients keep an idle connection, so that the client closes it first.
 KEEPALIVE_SECONDS = 75.0
 DRAIN_SECONDS = 10.0
 _BACKLOG = 1024
@@ -38,10 +38,10 @@ async def running_server(  # noqa: PLR0913 (keywords, each with a default that s
     """Serve a backend for as long as the context lasts; the backend stays open.
 
     Args:
-        backend: Where values live.
+        backend: The store of the values.
         host: The address to bind; anything but loopback needs an access file.
         port: The port, 0 for a free one.
-        access: Who may use it; None takes any credentials.
+        access: The accounts; None takes any credentials.
         tls: The server's certificate, or None for plain HTTP.
         drain_seconds: How long requests under way may take to finish at the end.
 
@@ -65,8 +65,8 @@ async def running_server(  # noqa: PLR0913 (keywords, each with a default that s
         except (OSError, OverflowError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}") from error
-        shown_host = f"[{host}]" if ":" in host else host
-        yield f"{'https' if tls else 'http'}://{shown_host}:{site.port}"
+        url_host = f"[{host}]" if ":" in host else host
+        yield f"{'https' if tls else 'http'}://{url_host}:{site.port}"
     finally:
         await runner.cleanup()
 
@@ -83,12 +83,12 @@ async def serve(  # noqa: PLR0913 (one for each option of the command)
     """Serve a store until SIGTERM or SIGINT, then finish the requests under way.
 
     Args:
-        store_url: What the server keeps its values in, such as `sqlite:///kv.db`.
+        store_url: The store of the values, such as `sqlite:///kv.db`.
         host: The address to bind.
         port: The port, 0 for a free one.
-        access_file: The accounts, or None for anybody on this machine.
+        access_file: The file of the accounts; None lets every program of this machine in.
         tls_cert: A PEM file with the certificate chain, or None for plain HTTP.
-        tls_key: A PEM file with its key; None where `tls_cert` holds it too.
+        tls_key: A PEM file with the certificate's key; None where `tls_cert` holds the key, too.
 
     Raises:
         ConfigurationError: An option cannot work, or the store cannot be opened.
@@ -101,7 +101,7 @@ async def serve(  # noqa: PLR0913 (one for each option of the command)
         loop.add_signal_handler(signal_number, stop.set)
     backend = open_backend(store_url)
     try:
-        # A store that cannot be opened is found before anybody is told that the server is ready.
+        # Read once before the address is announced: a store that cannot be opened is an error at the start.
         await backend.get(*READINESS_PROBE)
         async with running_server(backend, host=host, port=port, access=access, tls=tls) as address:
             note = "" if access else ", any credentials taken (no access file)"
@@ -117,7 +117,7 @@ def server_tls(tls_cert: str | None, tls_key: str | None) -> ssl.SSLContext | No
 
     Args:
         tls_cert: A PEM file with the certificate chain, or None for plain HTTP.
-        tls_key: A PEM file with its key; None where `tls_cert` holds it too.
+        tls_key: A PEM file with the certificate's key; None where `tls_cert` holds the key, too.
 
     Returns:
         The context, or None for plain HTTP.

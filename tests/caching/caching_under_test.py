@@ -38,7 +38,7 @@ class WatchedBackend(MemoryBackend):
         self.cancelled: list[str] = []
 
     def asked(self, verb: str) -> int:
-        """Say how often something was asked for, claims of refreshes and probes not counted."""
+        """Return the number of calls, without claims of refreshes and probes."""
         return sum(1 for called, key in self.calls if called == verb and ":refreshing" not in key and key != "aiokv-probe")
 
     def hold(self, verb: str) -> asyncio.Event:
@@ -72,7 +72,7 @@ class WatchedBackend(MemoryBackend):
 
 
 def watched_store(clock: Callable[[], float] | None = None) -> tuple[WatchedBackend, AsyncKVStore]:
-    """Make a store that nobody else has, with its backend."""
+    """Return a backend that no other test has, and its store."""
     backend = WatchedBackend(clock)
     store = AsyncKVStore("db", backend=backend)
     _backends[store] = backend
@@ -100,9 +100,10 @@ class _Twin:
 class MovedTime:
     """Both clocks of the package and the timers of an event loop, moved by a test alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, eager: bool = False) -> None:
         self.elapsed = 0.0
         self.wall_shift = 0.0
+        self.eager = eager
 
     def now(self) -> float:
         return 1_700_000_000.0 + self.elapsed + self.wall_shift
@@ -116,7 +117,7 @@ class MovedTime:
     def run(self, work: Coroutine[Any, Any, Any], *, eager: bool = False) -> Any:
         """Run a test in a loop that never waits: where nothing is ready, time jumps to the next timer."""
         with asyncio.Runner(loop_factory=lambda: _JumpingLoop(self)) as runner:
-            if eager:
+            if eager or self.eager:
                 runner.get_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined] # 3.12+
             return runner.run(work)
 
@@ -213,7 +214,7 @@ class Work:
         return self.gate
 
     async def __call__(self) -> int:
-        """Give the number of the run."""
+        """Return the number of the run."""
         self.runs += 1
         run, gate, error = self.runs, self.gate, self.error
         try:
@@ -230,7 +231,7 @@ class Work:
 
 
 def in_child(run: Callable[[], None]) -> int:
-    """Run something in a forked child; give its exit status."""
+    """Run a function in a forked child; return its exit status."""
     with warnings.catch_warnings():
         # From Python 3.12 on a fork beside other threads warns, which is what is tested.
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -1,23 +1,24 @@
 """Fixtures of every test of `kv_cached`."""
 
+import asyncio
 import sys
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 import pytest
-from caching_under_test import Cached, MovedTime, OtherLoop, WatchedBackend, Work, twin_stores
+from caching_under_test import Cached, MovedTime, OtherLoop, WatchedBackend, Work, settle, twin_stores
 
 import aiokv.clock
 from aiokv import AsyncKVStore, CachedFunction, kv_cached
 
 
 @pytest.fixture
-def moved_time(monkeypatch: pytest.MonkeyPatch) -> MovedTime:
-    """Give the one clock of the package, which moves only when a test moves it.
+def moved_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MovedTime:
+    """Return the one clock of the package, which moves only when a test moves it.
 
     An engine that asks `time` instead of `aiokv.clock` does not see it move, and fails the tests that move it.
     """
-    moved = MovedTime()
+    moved = MovedTime(eager=request.config.getoption("--eager-tasks"))
     monkeypatch.setattr(aiokv.clock, "now", moved.now)
     monkeypatch.setattr(aiokv.clock, "monotonic", moved.monotonic)
     return moved
@@ -25,7 +26,7 @@ def moved_time(monkeypatch: pytest.MonkeyPatch) -> MovedTime:
 
 @pytest.fixture
 def watched() -> tuple[WatchedBackend, AsyncKVStore, AsyncKVStore]:
-    """Return a backend that nobody else has, its store, and that of another process."""
+    """Return a backend that no other test has, its store, and the store of another process."""
     return twin_stores()
 
 
@@ -59,6 +60,32 @@ def other_loop() -> Generator[OtherLoop]:
 def work() -> Work:
     """Return an expensive computation."""
     return Work()
+
+
+@pytest.fixture
+def numbered(store: AsyncKVStore, work: Work) -> CachedFunction[[], int]:
+    """Return the work's cached form, with default options."""
+
+    @kv_cached(60, store=store, key=lambda: "one")
+    async def number() -> int:
+        return await work()
+
+    return number
+
+
+@pytest.fixture(params=["one", "many"])
+def of(request: pytest.FixtureRequest) -> str:
+    """Run a test with a function of `kv_cached` and with one of `kv_cached_many`."""
+    return str(request.param)
+
+
+@pytest.fixture
+async def nothing_left_pending() -> AsyncGenerator[None]:
+    """Check that a test leaves no task behind."""
+    before = asyncio.all_tasks()
+    yield
+    await settle()
+    assert asyncio.all_tasks() <= before | {asyncio.current_task()}  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -63,11 +63,6 @@ def _two(of: str, moved: MovedTime) -> tuple[WatchedBackend, Process, Process, l
     return backend, Process(of, store, "a", runs), Process(of, twin, "b", runs), runs
 
 
-@pytest.fixture(params=["one", "many"])
-def of(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.mark.parametrize("seconds", [5, 59, 61, 150, pytest.param(3_600, marks=pytest.mark.slow)])
 def test_refresh_under_way_elsewhere_is_not_begun_again_however_long_it_takes(
     seconds: int, of: str, moved_time: MovedTime

@@ -62,11 +62,6 @@ class Cached:
         self.call, self.invalidate, self.refresh = call, lambda: many.invalidate([1]), refresh
 
 
-@pytest.fixture(params=["one", "many"])
-def of(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(params=[False, True], ids=["never waits", "waits"])
 def function(request: pytest.FixtureRequest) -> Function:
     return Function(waits=request.param)
@@ -185,5 +180,24 @@ def test_everything_is_done_after_closing(of: str, function: Function, moved_tim
         await cached.call()
         await cached.cached.aclose()
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    moved_time.run(scenario(), eager=True)
+
+
+@pytest.mark.parametrize("of", ["one", "many"])
+def test_cached_functions_that_call_each_other_may_do_so_as_deep_as_without_eager_tasks(of: str, moved_time: MovedTime) -> None:
+    store = watched_store(moved_time.now)[1]
+
+    @kv_cached(60, store=store, key=lambda number: number)
+    async def one(number: int) -> int:
+        return number and 1 + await one(number - 1)
+
+    @kv_cached_many(60, store=store, key=lambda id_: id_)
+    async def many(ids: list[int]) -> dict[int, int]:
+        return {id_: id_ and 1 + (await many([id_ - 1]))[id_ - 1] for id_ in ids}
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            assert (await one(300) if of == "one" else (await many([300]))[300]) == 300
 
     moved_time.run(scenario(), eager=True)

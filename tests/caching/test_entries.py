@@ -107,6 +107,7 @@ HEADS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(
     text=st.one_of(
         st.text(),

@@ -53,7 +53,7 @@ class Upstream:
         return len(self.runs)
 
     async def poll(self, seconds: float) -> list[int]:
-        """Call again and again; give what was served."""
+        """Call again and again; return what was served."""
         served = []
         for _ in range(int(seconds / STEP)):
             served.append(await self.call())
@@ -63,11 +63,6 @@ class Upstream:
 
     def waits(self) -> list[float]:
         return [later - sooner for sooner, later in zip(self.runs[1:], self.runs[2:], strict=False)]
-
-
-@pytest.fixture(params=["one", "many"])
-def of(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def _nearly(waits: list[float]) -> Any:

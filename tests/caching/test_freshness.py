@@ -147,7 +147,7 @@ async def test_stale_result_is_served_at_once_and_computed_once_behind(
 async def behind(
     request: pytest.FixtureRequest, cached: Cached, store: AsyncKVStore, moved_time: MovedTime
 ) -> CachedFunction[[], int]:
-    """Give a function whose stored result, 1, is computed anew behind the next caller."""
+    """Return a function whose stored result, 1, the next call refreshes in the background."""
     number = cached(10, stale_while_revalidate=20, early=1_000_000.0)
     await number()
     await with_compute_seconds(number, store, 1.0)

@@ -48,11 +48,6 @@ class Work:
         return self.begun
 
 
-@pytest.fixture(params=["one", "many"])
-def of(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.mark.parametrize("callers", [1, 2, 20])
 def test_last_caller_returns_when_the_computation_has_cleaned_up(callers: int, of: str, moved_time: MovedTime) -> None:
     async def scenario() -> None:

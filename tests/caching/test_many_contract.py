@@ -16,11 +16,6 @@ Many = CachedManyFunction[int, [], Any]
 MODES = {"use": contextlib.nullcontext, "bypass": cache_bypass, "refresh": cache_refresh}
 
 
-@pytest.fixture
-def store() -> AsyncKVStore:
-    return watched_store()[1]
-
-
 def _many(store: AsyncKVStore, answer: Any, **options: Any) -> Many:
     @kv_cached_many(60, **{"store": store, "key": lambda id_: id_, **options})
     async def many(ids: list[int]) -> dict[int, Any]:

@@ -60,11 +60,6 @@ def function() -> Function:
     return Function()
 
 
-@pytest.fixture
-def store() -> AsyncKVStore:
-    return watched_store()[1]
-
-
 async def test_fifty_callers_of_one_id_compute_it_once(function: Function, store: AsyncKVStore) -> None:
     rows = function.cached(store)
     assert await asyncio.gather(*(rows([1]) for _ in range(50))) == [{1: 101}] * 50

@@ -1,20 +1,14 @@
 """Cached functions that call each other, or themselves."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
-from caching_under_test import Work, settle, watched_store
+from caching_under_test import Work, watched_store
 
 from aiokv import AsyncKVStore, kv_cached
 
-
-@pytest.fixture(autouse=True)
-async def nothing_left_pending() -> AsyncGenerator[None]:
-    before = asyncio.all_tasks()
-    yield
-    await settle()
-    assert asyncio.all_tasks() <= before | {asyncio.current_task()}  # type: ignore[arg-type]
+pytestmark = pytest.mark.usefixtures("nothing_left_pending")
 
 
 def _ways_back(store: AsyncKVStore) -> dict[str, Callable[[], Awaitable[int]]]:

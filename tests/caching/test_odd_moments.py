@@ -320,6 +320,8 @@ async def test_invalidation_waits_for_a_write_elsewhere_behind_which_a_delete_st
 async def test_call_of_many_that_is_cancelled_before_its_writes_begin_leaves_no_warning(store: AsyncKVStore) -> None:
     @kv_cached_many(60, store=store, key=lambda id_: id_, prefix="review-cancelled")
     async def get(ids: list[int]) -> dict[int, int]:
+        # An eager task gets here before it has its name.
+        await asyncio.sleep(0)
         # Once the writes are begun, and before the first of them has a turn.
         asyncio.get_running_loop().call_soon(calling.cancel)
         return {id_: id_ for id_ in ids}

@@ -2,29 +2,13 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncGenerator
 
 import pytest
 from caching_under_test import MovedTime, WatchedBackend, Work, settle
 
 from aiokv import AsyncKVStore, CachedFunction, NearCache, kv_cached
 
-
-@pytest.fixture(autouse=True)
-async def nothing_left_pending() -> AsyncGenerator[None]:
-    before = asyncio.all_tasks()
-    yield
-    await settle()
-    assert asyncio.all_tasks() <= before | {asyncio.current_task()}  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def numbered(store: AsyncKVStore, work: Work) -> CachedFunction[[], int]:
-    @kv_cached(60, store=store, key=lambda: "one")
-    async def number() -> int:
-        return await work()
-
-    return number
+pytestmark = pytest.mark.usefixtures("nothing_left_pending")
 
 
 @pytest.mark.parametrize("fails", [False, True])

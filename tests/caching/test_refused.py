@@ -148,7 +148,7 @@ async def test_result_may_be_of_a_class_that_is_defined_later(store: AsyncKVStor
 
 
 async def later() -> "Later":
-    """Give what is defined below."""
+    """Return what is defined below."""
     return Later(Latest(1))
 
 

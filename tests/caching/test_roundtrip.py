@@ -160,6 +160,7 @@ def state_of(value: Any) -> Any:  # noqa: PLR0911 (one for each kind)
     return kind, repr(value)
 
 
+@pytest.mark.slow
 @given(data=st.data(), pair=TYPES)
 @settings(max_examples=500, suppress_health_check=list(HealthCheck), deadline=None)
 def test_what_a_function_returns_comes_back_in_type_and_state_or_is_refused(data: st.DataObject, pair: Any) -> None:

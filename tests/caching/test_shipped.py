@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from caching_under_test import Events
 from helpers import REPOSITORY, clean_environment
-from shipped_project import APP, LIBRARY, RUN, SEND
+from shipped_project import APP, LIBRARY, RUN, SEND, ship
 
 from aiokv import AsyncKVStore, CachedFunction, Encrypted, NearCache, Zstd, kv_cached
-from aiokv.caching.naming import canonical_module
+from aiokv.caching.naming import canonical_module, module_of
 
 cloudpickle = pytest.importorskip("cloudpickle", reason="cloudpickle comes with fal: pip install 'aiokv[dev]'")
 
@@ -224,10 +224,6 @@ def store_by_url(tmp_path: Path) -> AsyncKVStore:
     return AsyncKVStore("db", url=f"sqlite:///{tmp_path / 'kv.db'}")
 
 
-def ship(value: Any) -> Any:
-    return pickle.loads(cloudpickle.dumps(value))
-
-
 async def test_near_cache_arrives_empty_and_shared_by_those_that_shared_it(module: Any) -> None:
     await module.first(1)
     first, third, near = ship((module.first, module.third, module.near))
@@ -275,6 +271,7 @@ def test_functions_that_call_each_other_stay_together(module: Any) -> None:
 
 async def test_methods_travel_with_their_class(module: Any) -> None:
     service, work, many = ship((module.Service(), module.Service().work, module.Service.many))
+    assert type(service) is not module.Service
     assert [await service.work(1), await work(1), await many([1])] == [1, 1, {1: 1}]
     assert service.work.key(1) == module.Service().work.key(1)
     assert many.key(1) == module.Service.many.key(1)
@@ -339,6 +336,17 @@ def test_threads_that_complete_a_shipped_function_at_once_complete_one(module: A
         assert len(set(map(id, caches))) == 1
 
 
+def test_what_comes_back_home_is_what_was_sent(module: Any) -> None:
+    service, method, many = module.Service(), module.Service.__dict__["work"], module.Service.many
+    sent = (module.second, module.first.__wrapped__, service, service.work, many)
+    # There and back, and within one process: its classes, too, keep the functions that they had.
+    for pickled in (cloudpickle.dumps(sent), cloudpickle.dumps(ship(sent))):
+        second, _, came_back, work, many_again = pickle.loads(pickled)
+        assert second is module.second
+        assert (work._stand_in, many_again) == (service.work._stand_in, many)
+        assert type(came_back).__dict__["work"] is method
+
+
 @kv_cached(60, store=AsyncKVStore("db", url="memory://shipped"))
 async def by_name(n: int) -> int:
     return n
@@ -387,6 +395,16 @@ def test_codec_can_be_pickled(codec: Any) -> None:
     stored = codec.encode(b"x" * 99, b"context")
     assert again.decode(stored, b"context") == b"x" * 99
     assert again.encode(b"x" * 6, b"") is None or isinstance(codec, Encrypted)
+
+
+def test_class_of_another_main_is_named_after_the_file_of_its_functions() -> None:
+    script = {"__name__": "__main__", "__file__": "/elsewhere/package/tool.py"}
+    for package, name in ((None, "tool"), ("package", "package.tool")):
+        exec("class Foreign:\n    def work(self): ...", {}, found := {})
+        kind: Any = found["Foreign"]
+        kind.__module__ = "__main__"
+        kind.work = types.FunctionType(kind.work.__code__, {**script, "__package__": package})
+        assert module_of(kind) == module_of(kind.work) == name
 
 
 def test_script_is_named_after_its_file_or_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ Call = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Generator[tuple[str, str, Path]]:
-    """Run a server with a certificate and an access file; give its authority, a key for it, and whom to trust."""
+    """Run a server with a certificate and an access file; yield its authority, a key for it, and the certificate to trust."""
     folder = tmp_path_factory.mktemp("tls")
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1", "localhost")
@@ -61,7 +61,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Generator[tuple[str, st
 
 @pytest.fixture(scope="module")
 def official(service: tuple[str, str, Path], tmp_path_factory: pytest.TempPathFactory) -> Generator[Call]:
-    """Give a function that makes the official client do one call."""
+    """Return a function that makes the official client do one call."""
     address, key, ca_file = service
     environment = {
         **clean_environment(tmp_path_factory.mktemp("home")),

@@ -29,7 +29,7 @@ NO_HASH = "0" * 64
 
 
 def account_of_key(access: AccessFile, authorization: str) -> str | None:
-    """Exchange a key and say whose token came of it."""
+    """Exchange a key for a token, and return the account of the token."""
     issued = access.issue_token(authorization)
     return None if issued is None else access.account_of_token(f"Bearer {issued.token}")
 
@@ -63,7 +63,7 @@ def token_for(access: AccessFile, key: str) -> str:
 
 
 def read_again(access: AccessFile) -> None:
-    """Let the interval after which the file is looked at pass."""
+    """Let the time pass after which the file is checked again."""
     access._next_check = 0
 
 
@@ -223,6 +223,26 @@ def test_forged_token_is_refused_before_and_after_a_good_one(
 def test_claims_of_the_forgeries_would_do_if_rightly_signed(access: AccessFile, path: Path, key: str, clock: FakeClock) -> None:
     claims = {"sub": "alice", "key": digest(key)[:16], "exp": int(clock.now) + 60}
     assert access.account_of_token(f"Bearer {jwt.encode(claims, signing_key(path))}") == "alice"
+
+
+def test_token_expires_by_the_clock_of_the_package(path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = AccessFile(path)
+    monkeypatch.setattr("aiokv.clock.now", lambda: 1_000_000.0)
+    issued = access.issue_token(f"Key {key}")
+    assert issued is not None
+    assert issued.expires_at == datetime.fromtimestamp(1_000_000 + LIFETIME_SECONDS, UTC)
+    assert access.account_of_token(f"Bearer {issued.token}") == "alice"
+    monkeypatch.setattr("aiokv.clock.now", lambda: 1_000_000.0 + LIFETIME_SECONDS)
+    assert access.account_of_token(f"Bearer {issued.token}") is None
+
+
+def test_changed_file_is_read_again_by_the_clock_of_the_package(path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiokv.clock.monotonic", lambda: 1_000.0)
+    access = AccessFile(path)
+    without_line(path, key)
+    assert account_of_key(access, f"Key {key}") == "alice"
+    monkeypatch.setattr("aiokv.clock.monotonic", lambda: 1_001.0)
+    assert account_of_key(access, f"Key {key}") is None
 
 
 def test_removed_line_revokes_its_key_and_tokens_alone(path: Path, key: str, clock: FakeClock) -> None:

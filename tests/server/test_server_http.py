@@ -42,7 +42,7 @@ class Answer(NamedTuple):
         return orjson.loads(self.body)["value"]
 
     def error(self) -> str:
-        """Give the message of an error, whose form is the same for all."""
+        """Return the message of an error, whose form is the same for all."""
         assert self.status >= 400
         assert self.headers["content-type"] == "application/json"
         content = orjson.loads(self.body)
@@ -234,6 +234,15 @@ async def test_value_lives_as_long_as_its_ttl(client: Connection, clock: FakeClo
     assert (await client.ask(head("GET", "/get/db/key"))).value() == "x"
     clock.advance(1)
     assert (await client.ask(head("GET", "/get/db/key"))).status == 404
+
+
+async def test_token_for_everybody_expires_by_the_clock_of_the_package(
+    client: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiokv.clock.now", lambda: 1_000_000.0)
+    answer = await client.ask(head("POST", "/storage/auth/token", "Content-Length: 0"))
+    assert answer.status == 200
+    assert orjson.loads(answer.body)["expires_at"] == "1970-01-12T15:46:40+00:00"
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_store_that_is_never_closed_leaves_no_warning(url: str, tmp_path: Path) 
     assert run_script("asyncio.run(use('a'))", url, tmp_path) == "done\n"
 
 
+@pytest.mark.slow
 def test_one_store_serves_ten_loops_one_after_the_other(url: str, tmp_path: Path) -> None:
     body = """
         for i in range(10):
@@ -96,6 +97,7 @@ def test_loop_that_is_closed_without_ceremony_leaves_no_warning(url: str, tmp_pa
     assert run_script(body, url, tmp_path) == "done\n"
 
 
+@pytest.mark.slow
 def test_forked_children_use_the_store_that_their_parent_had_open(url: str, tmp_path: Path) -> None:
     body = """
         loop = asyncio.new_event_loop()

@@ -86,7 +86,7 @@ async def connected(proxy: FaultProxy) -> AsyncGenerator[Connection]:
 
 
 async def rest_of(reader: asyncio.StreamReader) -> tuple[bytes, str]:
-    """Read to the end; say how the connection ended."""
+    """Read to the end; return how the connection ended."""
     data = b""
     try:
         while piece := await reader.read(1000):
@@ -582,7 +582,7 @@ async def test_prefix_of_the_upstream_is_that_of_the_proxy() -> None:
 
 
 async def gets(proxy: FaultProxy, count: int) -> list[Fault | None]:
-    """Send requests one after the other; give what each met."""
+    """Send requests one after the other; return the fault that each met."""
     proxy.requests.clear()
     for _ in range(count):
         async with connected(proxy) as (reader, writer):

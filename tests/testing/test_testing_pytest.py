@@ -125,7 +125,7 @@ def test_fixtures_serve_tests_of_any_kind(tmp_path: Path, options: list[str], as
 def test_tests_that_the_readme_shows_pass(tmp_path: Path) -> None:
     section = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Test against faults\n")[2]
     source = section.partition("```python\n")[2].partition("```")[0]
-    assert "= 2 passed in " in run_pytest(tmp_path, source, *LOOP_SCOPE, "-o", "asyncio_mode=auto")
+    assert "= 3 passed in " in run_pytest(tmp_path, source, *LOOP_SCOPE, "-o", "asyncio_mode=auto")
 
 
 def test_every_fault_is_in_the_table_of_the_readme() -> None:

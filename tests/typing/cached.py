@@ -78,8 +78,7 @@ async def methods(app: App) -> None:
     assert_type(await App.of_class(1), float)
     assert_type(await app.of_class(1), float)
     assert_type(await App.of_nobody(1), bytes)
-    # mypy binds static methods that are no plain functions, whatever their `__get__` says.
-    assert_type(await app.of_nobody(1), bytes)  # type: ignore[call-arg]
+    assert_type(await app.of_nobody(1), bytes)
     assert_type(await App.answer(app, "why"), list[int])
     assert_type(await App.of_class_below(1), float)
     assert_type(await app.of_class_below(1), float)
@@ -97,7 +96,17 @@ async def methods(app: App) -> None:
 async def many(ids: Sequence[int]) -> None:
     assert_type(await users(ids), dict[int, str])
     assert_type(await users(ids, locale="no"), dict[int, str])
+    assert_type(await users(ids=ids, locale="no"), dict[int, str])
     assert_type(users.key(1), str)
+    assert_type(await users.peek(ids), dict[int, Peeked[str]])
+    assert_type(await users.peek(ids=ids, locale="no"), dict[int, Peeked[str]])
+    assert_type(await users.refresh(ids, locale="no"), dict[int, str])
+    assert_type(await users.prime({1: "x"}, locale="no"), None)
+    assert_type(await users.invalidate(ids, "no"), None)
+    await users.prime({1: 2})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
+    await users.peek(["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    await users.refresh(ids, place="no")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await users.invalidate()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     await users(["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
 
 

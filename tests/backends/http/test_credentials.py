@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from aiohttp import web
-from helpers import clean_environment
+from helpers import all_texts, clean_environment
 from yarl import URL
 
 from aiokv import AsyncKVStore
@@ -154,15 +154,6 @@ def place_key(monkeypatch: pytest.MonkeyPatch, home: Path, place: str, key: str)
     else:
         monkeypatch.setenv("FAL_KEY_ID", key.partition(":")[0])
         monkeypatch.setenv("FAL_KEY_SECRET", key.partition(":")[2])
-
-
-def all_texts(error: BaseException) -> str:
-    texts: list[str] = []
-    link: BaseException | None = error
-    while link is not None:
-        texts += [str(link), repr(link), repr(link.args), repr(vars(link))]
-        link = link.__cause__ or link.__context__
-    return "\n".join(texts)
 
 
 @pytest.mark.parametrize("name", MACHINES)

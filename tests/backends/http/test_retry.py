@@ -16,7 +16,7 @@ from email.utils import format_datetime
 import aiohttp
 import pytest
 from aiohttp import web
-from helpers import no_wait
+from helpers import all_texts, no_wait
 from yarl import URL
 
 from aiokv.backends.http.backend import RemoteBackend
@@ -129,16 +129,6 @@ async def failure(backend: RemoteBackend, verb: str) -> CallError:
     with pytest.raises(CallError) as caught:
         await call(backend, verb)
     return caught.value
-
-
-def all_texts(error: BaseException) -> str:
-    texts: list[str] = []
-    links: list[BaseException | None] = [error]
-    while links:
-        if (link := links.pop()) is not None:
-            texts += [str(link), repr(link), repr(link.args), repr(vars(link))]
-            links += [link.__cause__, link.__context__]
-    return "\n".join(texts)
 
 
 @pytest.mark.parametrize("verb", VERBS)

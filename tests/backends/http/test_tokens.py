@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from helpers import FakeClock, no_wait
+from helpers import FakeClock, all_texts, no_wait
 from yarl import URL
 
 from aiokv.backends.http.backend import RemoteBackend
@@ -114,15 +114,6 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def kv_sends(recorded: ScriptedService) -> int:
     return sum(not path.startswith(TOKEN_PATH) for path in recorded.paths)
-
-
-def all_texts(error: BaseException) -> str:
-    texts: list[str] = []
-    link: BaseException | None = error
-    while link is not None:
-        texts += [str(link), repr(link), repr(link.args), repr(vars(link))]
-        link = link.__cause__ or link.__context__
-    return "\n".join(texts)
 
 
 async def test_concurrent_first_calls_make_one_exchange() -> None:

@@ -72,6 +72,7 @@ class Parent:
             await self.square.aclose()
 
 
+@pytest.mark.slow
 def test_children_of_a_busy_parent_share_its_results_and_none_of_its_flights(address: str) -> None:
     parent = Parent(address)
     for thread in parent.threads:
@@ -146,5 +147,5 @@ async def test_damaged_text_is_a_miss_and_never_an_error_or_another_result(name:
 
 
 def _is_another_whole_result(name: str, text: str, good: str, other: str) -> bool:
-    """Say whether the result's text is one that the codec has made, or is plain JSON, which is as it is written."""
+    """Return whether the codec made the result's text, or the text is plain JSON as it is written."""
     return name == "plain" or text.partition("\n")[2] == other.partition("\n")[2] != good.partition("\n")[2]
