@@ -11,8 +11,8 @@ EAGER_ARGS ?= -m "not slow"
 python_of = $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(1).*/bin/python; do \
 	"$$python" -c 'import ensurepip, sqlite3, ssl' 2>/dev/null && { echo "$$python"; break; }; done)
 # The default interpreter's own environment, one for this version alone, or none where there is no such interpreter.
-eager_venv = $(if $(filter $(1),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')),$(VENV),\
-	$(if $(call python_of,$(1)),.venv-$(1)))
+eager_venv = $(strip $(if $(filter $(1),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')),$(VENV),\
+	$(if $(call python_of,$(1)),.venv-$(1))))
 
 .PHONY: help demo test test-eager lint fix bench clean
 
@@ -21,7 +21,7 @@ help:
 	@echo "make test    run every test, and those of the cache and the store with eager tasks on Python $(EAGER_VERSIONS)"
 	@echo "make lint    check format, types and import directions"
 	@echo "make fix     apply what the formatter and the linter can fix"
-	@echo "make bench   measure: the client, durable sets, imports, the decorator, stampedes, faults"
+	@echo "make bench   measure: the client, durable sets, imports, the decorator and its correctness, stampedes, faults"
 
 $(DEMO_VENV)/.installed: pyproject.toml
 	@echo "Installing aiokv into $(DEMO_VENV) ..."
@@ -53,7 +53,7 @@ demo: $(DEMO_VENV)/.installed
 
 test: $(VENV)/.installed $(BASE_VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	@$(MAKE) --no-print-directory test-eager
+	@$(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-eager
 
 test-eager: $(EAGER_VERSIONS:%=test-eager-%)
 
@@ -82,6 +82,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/sqlite_sets.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/decorator.py
+	$(BIN)/python benchmarks/instructions.py
+	$(BIN)/python benchmarks/linearity.py --seconds 60
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/stampede.py --plot stampede.png
 	$(BIN)/python benchmarks/faults.py --plot faults.png

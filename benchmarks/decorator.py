@@ -1,43 +1,36 @@
 """CPU of a hit of `kv_cached`, against the hits of other caching decorators and against a bare read of the store.
 
-Three measurements, each in alternating batches of this process's own CPU time, so that a busy machine counts little:
+Two measurements, each in alternating batches of this process's own CPU time, so that a busy machine counts little:
 
   near    a result in this process: `NearCache` beside async-lru, aiocache, cashews and cachebox, in one event loop
   store   a result in a real `aiokv serve` process over loopback: the decorated function beside `store.get` and
           `orjson.loads` of the same entry, with distinct keys
-  instructions (with --instructions; needs valgrind)
-          the same hits once more, in instructions a call: two runs of different length under cachegrind, subtracted,
-          which is the same from run to run whatever else the machine does; of what the kernel does nothing is counted
 
 Peers hand out the one object they hold; aiokv decodes what could be changed by a caller anew at each hit, which is why a
 small dict is measured beside an int. Peers that are not installed are left out:
 
   pip install async-lru aiocache cashews cachebox
 
-  python benchmarks/decorator.py                        the near and the store measurement
-  python benchmarks/decorator.py --only near            one of them
-  python benchmarks/decorator.py --only instructions    as is the third
+  python benchmarks/decorator.py                both
+  python benchmarks/decorator.py --only near    one of them
 
+`instructions.py` counts the same and more in instructions, which are the same from run to run whatever the machine does.
 The exit status is 1 where an aim is missed.
 """
 
 import argparse
 import asyncio
-import functools
 import gc
 import importlib
-import os
-import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import orjson
 from harness import paired_ratio, progress, report, served, verdict
+
+from aiokv import AsyncKVStore, NearCache, kv_cached
 
 Call = Callable[[str], Awaitable[object]]
 
@@ -50,8 +43,6 @@ RECORD: dict[str, object] = {
     "tags": ["one", "two", "three"],
     "address": {"city": "Bern", "zip": 3000},
 }
-INSTRUCTION_CALLS = (1_000, 5_000)
-STORE_INSTRUCTION_CALLS = (500, 2_000)
 BARE, THROUGH, WITHOUT_EARLY = "bare get and loads", "kv_cached", "kv_cached, early=0"
 
 
@@ -82,15 +73,11 @@ def floor() -> Call:
 
 def near_int() -> Call:
     """Decorate with aiokv and a near cache."""
-    from aiokv import AsyncKVStore, NearCache, kv_cached  # noqa: PLC0415 (a run under valgrind loads its contender only)
-
     return kv_cached(ttl=3600, near=NearCache(60), store=AsyncKVStore("bench", url="memory://"))(number)
 
 
 def near_dict() -> Call:
     """Likewise, of a result that each caller gets a copy of."""
-    from aiokv import AsyncKVStore, NearCache, kv_cached  # noqa: PLC0415 (likewise)
-
     return kv_cached(ttl=3600, near=NearCache(60), store=AsyncKVStore("bench", url="memory://"))(small)
 
 
@@ -223,8 +210,6 @@ def bare_read(store: Any, key_of: Callable[[str], str]) -> Call:
 
 async def measure_store(address: str, options: argparse.Namespace) -> bool:
     """Alternate the bare read with the decorated function, at each concurrency."""
-    from aiokv import AsyncKVStore, kv_cached  # noqa: PLC0415 (likewise)
-
     met = True
     async with AsyncKVStore("bench", url=address, credentials="bench:secret") as store:
         plain = kv_cached(ttl=3600, early=0, store=store)(record)
@@ -258,108 +243,10 @@ def store(options: argparse.Namespace) -> bool:
         return asyncio.run(measure_store(address, options))
 
 
-def count_instructions(valgrind: str, name: str, calls: int, *more: str) -> int:
-    """Run one contender under valgrind and give all that the process executed."""
-    run = subprocess.run(
-        [
-            *[valgrind, "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"],
-            *[sys.executable, __file__, "--contender", name, "--calls", str(calls), *more],
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        # One order of every dictionary and set, or two runs differ by what they collide.
-        env={**os.environ, "PYTHONHASHSEED": "0"},
-    )
-    counted = re.search(r"I\s+refs:\s+([\d,]+)", run.stderr)
-    if run.returncode != 0 or counted is None:
-        raise RuntimeError(f"{name} failed under valgrind: {run.stderr[-2000:]}")
-    return int(counted[1].replace(",", ""))
-
-
-def instructions(options: argparse.Namespace) -> bool:
-    """Count the instructions of a hit."""
-    valgrind = shutil.which("valgrind")
-    if valgrind is None:
-        print("instructions are left out, valgrind is not installed: apt-get install valgrind")
-        return True
-    names = [name for name in installed() if options.all_peers or name in {"async-lru", NEAR_INT, NEAR_DICT, FLOOR}]
-    jobs = [(name, calls) for name in names for calls in INSTRUCTION_CALLS]
-    totals: dict[tuple[str, int], int] = {}
-    # What is counted does not depend on what else runs.
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for job, total in zip(jobs, pool.map(functools.partial(_count_job, valgrind), jobs), strict=True):
-            totals[job] = total
-            progress(len(totals), len(jobs), "runs under valgrind")
-    fewer, more = INSTRUCTION_CALLS
-    per_call = {name: (totals[name, more] - totals[name, fewer]) / (more - fewer) for name in names}
-    print(f"\nInstructions of a hit in this process, {more:,} calls less {fewer:,}")
-    width = max(map(len, names))
-    for name, count in per_call.items():
-        print(
-            f"  {name:<{width}}  {count:10,.0f}"
-            + (f"  {count / per_call['async-lru']:5.2f} x async-lru" if "async-lru" in names else "")
-        )
-    met = judge_near(lambda name, base: per_call[name] / per_call[base], names)
-    return store_instructions(valgrind, options) and met
-
-
-def store_instructions(valgrind: str, options: argparse.Namespace) -> bool:
-    """Count the instructions that the client spends on a hit through the store.
-
-    With many calls at once only: of a single one it is chance whether its answer comes in one turn of the loop or in two.
-    """
-    concurrency = str(max(options.concurrency))
-    jobs = [(name, calls) for name in (BARE, THROUGH) for calls in STORE_INSTRUCTION_CALLS]
-    totals: dict[tuple[str, int], int] = {}
-    fewer, more = STORE_INSTRUCTION_CALLS
-    with served("memory://") as address, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        counts = pool.map(
-            lambda job: count_instructions(valgrind, *job, "--address", address, "--concurrency", concurrency), jobs
-        )
-        for job, total in zip(jobs, counts, strict=True):
-            totals[job] = total
-            progress(len(totals), len(jobs), "runs under valgrind")
-    bare, through = ((totals[name, more] - totals[name, fewer]) / (more - fewer) for name in (BARE, THROUGH))
-    print(f"\nInstructions of a hit through the store, concurrency {concurrency}, {more:,} calls less {fewer:,}")
-    print(f"  {BARE:<18}  {bare:10,.0f}\n  {THROUGH:<18}  {through:10,.0f}  {through / bare:5.3f} x {BARE}")
-    return verdict(f"{THROUGH} to {BARE}, in instructions", through / bare, options.store_aim)
-
-
-def _count_job(valgrind: str, job: tuple[str, int]) -> int:
-    return count_instructions(valgrind, *job)
-
-
-async def run_reads(name: str, calls: int, concurrency: int, address: str) -> None:
-    """Be what valgrind runs: fill the store, then hit it."""
-    from aiokv import AsyncKVStore, kv_cached  # noqa: PLC0415 (likewise)
-
-    async with AsyncKVStore("bench", url=address, credentials="bench:secret") as store:
-        through = kv_cached(ttl=3600, store=store)(record)
-        for key in KEYS:
-            await through(key)
-        gc.collect()
-        # One pass more or less over the whole heap is more than all else that is counted.
-        gc.disable()
-        await cpu_of_reads(through if name == THROUGH else bare_read(store, through.key), calls, concurrency)
-
-
-async def run_contender(name: str, calls: int) -> None:
-    """Be what valgrind runs: fill the cache, then hit it."""
-    call = CONTENDERS[name]()
-    await repeat(call, len(KEYS))
-    # What the collector does depends on what was allocated before.
-    gc.collect()
-    gc.disable()
-    await repeat(call, calls)
-
-
 def main() -> int:
     """Run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("near", "store", "instructions"), help="make one measurement")
-    parser.add_argument("--instructions", action="store_true", help="count instructions under valgrind too (a minute or two)")
-    parser.add_argument("--all-peers", action="store_true", help="count those of every peer, not of async-lru alone")
+    parser.add_argument("--only", choices=("near", "store"), help="make one measurement")
     parser.add_argument("--calls", type=int, default=20_000, help="hits in a batch in this process (default: %(default)s)")
     parser.add_argument(
         "--store-calls", type=int, default=1_000, help="hits in a batch through the store (default: %(default)s)"
@@ -371,17 +258,8 @@ def main() -> int:
     parser.add_argument(
         "--store-aim", type=float, default=1.15, help="largest ratio to a bare read that is no failure (default: %(default)s)"
     )
-    parser.add_argument("--contender", choices=(*CONTENDERS, BARE, THROUGH), help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.address is not None:
-        asyncio.run(run_reads(options.contender, options.calls, options.concurrency[0], options.address))
-        return 0
-    if options.contender is not None:
-        asyncio.run(run_contender(options.contender, options.calls))
-        return 0
-    wanted = {options.only} if options.only else {"near", "store"} | ({"instructions"} if options.instructions else set())
-    results = [measure(options) for measure in (near, store, instructions) if measure.__name__ in wanted]
+    results = [measure(options) for measure in (near, store) if options.only in {None, measure.__name__}]
     return 0 if all(results) else 1
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import platform
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -68,3 +70,28 @@ def served(store_url: str) -> Generator[str]:
             yield line.split(" at ", 1)[1].split(",")[0].strip()
         finally:
             server.terminate()
+
+
+def has_valgrind() -> bool:
+    """Return whether instructions can be counted here; say how, where they cannot."""
+    found = shutil.which("valgrind") is not None
+    if not found:
+        print("instructions are left out, valgrind is not installed: apt-get install valgrind")
+    return found
+
+
+def count_instructions(arguments: Sequence[str]) -> int:
+    """Run Python under valgrind and return all instructions that the process executed, the kernel's left out."""
+    # Bytecode may be written, or each run would compile; one order of every dictionary and set, or two runs differ.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    run = subprocess.run(
+        ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null", sys.executable, *arguments],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**environment, "PYTHONHASHSEED": "0"},
+    )
+    counted = re.search(r"I\s+refs:\s+([\d,]+)", run.stderr)
+    if run.returncode != 0 or counted is None:
+        raise RuntimeError(f"{' '.join(arguments)} failed under valgrind: {run.stderr[-2000:]}")
+    return int(counted[1].replace(",", ""))

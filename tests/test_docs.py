@@ -97,10 +97,40 @@ def test_benchmark_that_may_miss_its_aim_runs(tmp_path: Path, arguments: list[st
     assert re.search(words, done.stdout), done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    "subject",
+    [
+        "near, int",
+        "near, method",
+        "near, 1,000 keys",
+        "hit",
+        "miss",
+        "by hand, miss",
+        "key of a model of 8 fields",
+        "many, near hit",
+        "many, miss",
+        "cancel, 100 waiters",
+    ],
+)
+@pytest.mark.slow
+def test_subject_whose_instructions_are_counted_runs(subject: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "benchmarks" / "instructions_subjects.py"), subject, "200", "unused"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("name", ["client_overhead.py", "sqlite_sets.py", "import_time.py"])
 @pytest.mark.slow
 def test_benchmark_runs_and_reports_a_ratio(tmp_path: Path, name: str) -> None:
-    few = {"client_overhead.py": ["--calls", "100"], "sqlite_sets.py": ["--sets", "100", "--folder", str(tmp_path)]}
+    few = {
+        "client_overhead.py": ["--calls", "100"],
+        "sqlite_sets.py": ["--sets", "100", "--folder", str(tmp_path)],
+        "import_time.py": ["--only", "time"],
+    }
     # Too short to mean anything: an aim of zero or of infinity, for only the script itself is tried here.
     aim = "0" if name == "sqlite_sets.py" else "inf"
     done = subprocess.run(

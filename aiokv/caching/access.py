@@ -11,7 +11,7 @@ import weakref
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from aiokv.caching.breaker import Breaker, Verb, is_cancelled
+from aiokv.caching.breaker import Breaker, Verb, first_of, is_cancelled
 from aiokv.caching.claims import Claim
 from aiokv.caching.deadlines import Alarm, SharedDeadline
 from aiokv.caching.writes import Write
@@ -50,7 +50,8 @@ class StoreAccess:
         self.pending: dict[str, Write] = {}
         self.users: weakref.WeakSet[object] = weakref.WeakSet()
         self._deadlines: dict[float, SharedDeadline] = {}
-        self._last_failed: AsyncKVStore | None = None
+        # Weakly: a store that nobody uses any more is not probed, and not held.
+        self._last_failed: weakref.ref[AsyncKVStore] | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -103,7 +104,7 @@ class StoreAccess:
         except (Exception, asyncio.CancelledError) as error:
             if not is_late and is_cancelled(error):
                 raise
-            failure = TimeoutError() if is_late else error
+            failure = TimeoutError() if is_late else first_of(error)
         else:
             if reads.run:
                 reads.succeeded()
@@ -146,7 +147,7 @@ class StoreAccess:
             if is_cancelled(error):
                 raise
             errors, overtaken = {}, set()
-            errors.update(dict.fromkeys([write.key for write in writes], error))
+            errors.update(dict.fromkeys([write.key for write in writes], first_of(error)))
         finally:
             alarm.stop()
             self._dequeue(writes)
@@ -183,11 +184,14 @@ class StoreAccess:
         return {write.key: write.text if write.may_stay() else None for write in writes}
 
     def _failed(self, verb: Verb, store: AsyncKVStore, error: BaseException, wait_seconds: float) -> None:
-        self._last_failed = store
+        self._last_failed = weakref.ref(store)
         self.breaker.failed(verb, error, wait_seconds)
 
     async def _probe(self, verb: Verb) -> None:
-        store = self._last_failed
+        store = None if self._last_failed is None else self._last_failed()
+        if store is not None and "target" not in vars(store):
+            # Closed since: a probe would open it again, and nobody would close it.
+            store = None
         if store is not None and verb == "read":
             await store.get(_PROBE_KEY)
         elif store is not None:
@@ -265,7 +269,7 @@ class StoreAccess:
         except BatchError as batch:
             return _errors_of(batch)
         except Exception as error:  # noqa: BLE001 (returned)
-            return dict.fromkeys([write.key for write in writes], error)
+            return dict.fromkeys([write.key for write in writes], first_of(error))
         return {}
 
 

@@ -154,6 +154,17 @@ def is_cancelled(error: BaseException) -> bool:
     return isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling() > 0)
 
 
+def first_of(error: BaseException) -> BaseException:
+    """Return an error, or the first one of a group: several keys of a store of the program's own may fail together.
+
+    Args:
+        error: Any error.
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def without_traceback(error: BaseException) -> BaseException:
     """Copy an error, so that it holds neither frames nor the values in them.
 

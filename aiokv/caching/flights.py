@@ -251,8 +251,9 @@ class Flights:
         """Run a coroutine in a task of its own, which outlives any one caller, and ends these flights at the latest."""
         task = asyncio.create_task(work, name=name)
         # With eager tasks it may have ended already.
-        if not task.done():
-            self.tasks.add(task)
+        if task.done():
+            return task
+        self.tasks.add(task)
 
         def ended(task: "asyncio.Task[T]") -> None:
             self.tasks.discard(task)

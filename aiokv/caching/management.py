@@ -15,7 +15,7 @@ from aiokv.errors import AioKVError, CallTimeoutError, StoreClosedError
 from aiokv.store import AsyncKVStore
 
 # As long as a call of a store may take by default; a store of the program's own may hang for longer.
-_MAX_PRIME_SECONDS = 30.0
+_MAX_WAIT_SECONDS = 30.0
 
 
 async def peek(cache: Cache, store: AsyncKVStore, calls: Sequence[Call]) -> dict[str, Peeked[Any]]:
@@ -72,7 +72,7 @@ async def prime(cache: Cache, store: AsyncKVStore, calls: Sequence[Call], values
     now = clock.now()
     flights.run(_store_primed(cache, batch, Computed(list(values), [True] * len(batch), now, now, 0.0)), calls[0].key)
     try:
-        async with asyncio.timeout(_MAX_PRIME_SECONDS):
+        async with asyncio.timeout(_MAX_WAIT_SECONDS):
             for flight in batch:
                 if (failed := (await flight.wait()).error) is not None:
                     raise failed
@@ -103,7 +103,14 @@ async def invalidate(cache: Cache, store: AsyncKVStore, calls: Sequence[Call]) -
     task = flights.run(cache.stored.delete(flights, store, raised), calls[0].key)
     try:
         # Shielded: what was asked for is done, whether or not the caller stays.
-        errors = await asyncio.shield(task)
+        async with asyncio.timeout(_MAX_WAIT_SECONDS):
+            errors = await asyncio.shield(task)
+    except TimeoutError:
+        for key in raised:
+            cache.generations.distrust((flights.target, key), clock.now())
+        raise CallTimeoutError(
+            "the store did not answer", verb="delete", db_name=store.db_name, key=calls[0].key, attempts=1, maybe_applied=True
+        ) from None
     except asyncio.CancelledError as error:
         if is_cancelled(error) or not task.cancelled():
             raise

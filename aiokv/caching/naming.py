@@ -1,6 +1,5 @@
 """The names of modules, functions and classes in keys and schemas: the same in every process that runs their code."""
 
-import pathlib
 import sys
 import types
 import typing
@@ -91,6 +90,8 @@ def _name_of_script(namespace: dict[str, Any]) -> str:
         return str(spec.name).removesuffix(".__main__")
     if not file:
         return "__main__"
+    import pathlib  # noqa: PLC0415 (costly to import)
+
     stem = pathlib.Path(file).stem
     # cloudpickle ships the name of the package, but not the spec.
     package = namespace.get("__package__")

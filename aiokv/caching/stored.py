@@ -13,6 +13,7 @@ from aiokv.caching.breaker import without_traceback
 from aiokv.caching.codecs import Codec
 from aiokv.caching.entries import Entry, pack, unpack
 from aiokv.caching.events import Events
+from aiokv.caching.failures import overtaken_error, own_error
 from aiokv.caching.flights import ABSENT, Flight, Flights, Outcome, failure
 from aiokv.caching.generations import Generations, Place
 from aiokv.caching.keys import KeyMaker
@@ -20,7 +21,7 @@ from aiokv.caching.near import NearView
 from aiokv.caching.options import CacheOptions
 from aiokv.caching.results import NotStorable, ResultCodec
 from aiokv.caching.writes import Write
-from aiokv.errors import CallTimeoutError, StoreClosedError, ValueTooLargeError
+from aiokv.errors import ValueTooLargeError
 from aiokv.limits import MAX_VALUE_BYTES, check_value_size
 from aiokv.store import AsyncKVStore
 
@@ -103,10 +104,10 @@ class StoredResults:
             error: What `StoreAccess.read` returned.
         """
         if isinstance(error, SkippedError):
-            self._raise_if_asked(store, error.error)
+            self._raise_if_asked(store, error.error, key)
         else:
             self._events.emit("store_error", key)
-            self._raise_if_asked(store, error)
+            self._raise_if_asked(store, error, key)
 
     def decode(self, place: Place, text: str | None) -> Found | None:
         """Decode what was read.
@@ -118,7 +119,8 @@ class StoredResults:
         Returns:
             What may be served; None where there is nothing, or it cannot be read.
         """
-        if text is None:
+        if text is None or not isinstance(text, str):
+            # Not a text: a backend of the program's that decodes nothing.
             return None
         if not self._is_resolved:
             self._results.resolve()
@@ -150,7 +152,9 @@ class StoredResults:
             skip_write: Whether the store is known to fail.
             must: Whether a store that fails is an error of the callers, as for `prime`.
         """
-        flights, waits = batch[0].flights, must or self._options.write == "await"
+        flights = batch[0].flights
+        # A refresh waits in any case: until its result has landed, what is read may be older.
+        waits = self._options.write == "await" or any(flight.is_decisive for flight in batch)
         outcomes: dict[Flight, Outcome] = {}
         entries: dict[str, Entry] = {}
         writes: list[Write] = []
@@ -164,7 +168,7 @@ class StoredResults:
                 writes.append(write)
             elif encoded is not None and is_open and self._raises:
                 error = without_traceback(flights.access.breaker.writes.error or TimeoutError())
-                outcomes[flight] = Outcome(error=_as_ours(flight.store, error, flight.call.key, "set"))
+                outcomes[flight] = Outcome(error=own_error(flight.store, error, flight.call.key, "set"))
             # From here on a call reads what is being written, and does not wait for that.
             flights.remove(flight)
         if writes and not waits and flights.writes_behind < MAX_BEHIND:
@@ -206,7 +210,7 @@ class StoredResults:
             elif key in overtaken:
                 self.generations.distrust(flight.place, started)
                 if must:
-                    outcomes[flight] = Outcome(error=_overtaken(store, key, "set"))
+                    outcomes[flight] = Outcome(error=overtaken_error(store, key, "set"))
 
     def supersede(self, flights: Flights, key: str) -> int:
         """Keep everything that is under way for a key from being stored, kept and joined; return the new generation."""
@@ -252,7 +256,9 @@ class StoredResults:
             self.generations.land(places[key], raised[key])
             if self._near is not None:
                 self._near.drop(places[key])
-        return {key: _overtaken(store, key, "delete") for key in overtaken} | errors
+        failures: dict[str, BaseException] = {key: overtaken_error(store, key, "delete") for key in overtaken}
+        failures.update({key: own_error(store, error, key, "delete") for key, error in errors.items()})
+        return failures
 
     def _encode(  # noqa: PLR0911 (one for each way to end)
         self, flight: Flight, value: Any, computed: Computed, *, unchanged: bool
@@ -324,7 +330,7 @@ class StoredResults:
         for flight in decisive:
             key = flight.call.key
             if key in errors and must and outcomes[flight].error is None:
-                outcomes[flight] = Outcome(error=_as_ours(store, without_traceback(errors[key]), key))
+                outcomes[flight] = Outcome(error=own_error(store, without_traceback(errors[key]), key))
             landed = self.generations.land(flight.place, flight.generation)
             if key in errors or not landed:
                 # What is older may still be in the store, until a later one that is under way has replaced it.
@@ -343,7 +349,7 @@ class StoredResults:
                 # What began meanwhile may have read what was there before.
                 self.supersede(flight.flights, flight.call.key)
             if self._raises and outcome.error is None:
-                outcome = Outcome(error=_as_ours(flight.store, TimeoutError(), flight.call.key, "set"))  # noqa: PLW2901
+                outcome = Outcome(error=own_error(flight.store, TimeoutError(), flight.call.key, "set"))  # noqa: PLW2901
             flight.end(outcome)
 
     def _write_failed(self, flight: Flight, error: BaseException, outcome: Outcome, *, must: bool) -> Outcome:
@@ -356,16 +362,19 @@ class StoredResults:
             return self._too_large(flight, error, outcome)
         self._events.emit("store_error", key)
         raises = (must or self._raises) and outcome.error is None
-        return Outcome(error=_as_ours(flight.store, error, key, "set")) if raises else outcome
+        return Outcome(error=own_error(flight.store, error, key, "set")) if raises else outcome
 
     def _too_large(self, flight: Flight, error: ValueTooLargeError, outcome: Outcome) -> Outcome:
+        if self._options.on_oversize == "raise":
+            self._events.emit("not_stored", flight.call.key)
+            return Outcome(error=error)
         advice = "" if any(codec.name == "zstd" for codec in self._codecs) else "; compress it with codec=Zstd()"
         self._events.not_stored(flight.call.key, self._keys.prefix, f"it is too large for the store{advice}")
-        return Outcome(error=error) if self._options.on_oversize == "raise" else outcome
+        return outcome
 
-    def _raise_if_asked(self, store: AsyncKVStore, error: BaseException | None) -> None:
+    def _raise_if_asked(self, store: AsyncKVStore, error: BaseException | None, key: str) -> None:
         if self._raises and error is not None:
-            raise _as_ours(store, without_traceback(error))
+            raise own_error(store, without_traceback(error), key)
 
 
 def _end(outcomes: Mapping[Flight, Outcome]) -> None:
@@ -376,29 +385,3 @@ def _end(outcomes: Mapping[Flight, Outcome]) -> None:
 def _check_size(text: str) -> None:
     if len(text) > MAX_VALUE_BYTES // 4:
         check_value_size(len(text) if text.isascii() else len(text.encode()))
-
-
-def _overtaken(store: AsyncKVStore, key: str, verb: str) -> CallTimeoutError:
-    return CallTimeoutError(
-        "another event loop is still storing an older result, which may be served until that has ended",
-        verb=verb,
-        db_name=store.db_name,
-        key=key,
-        maybe_applied=True,
-    )
-
-
-def _as_ours(store: AsyncKVStore, error: BaseException, key: str = "", verb: str = "get") -> BaseException:
-    """Return an error that says what has happened: the bare ones would look as if the caller were cancelled or late."""
-    if isinstance(error, asyncio.CancelledError):
-        return StoreClosedError("the store gave the call up", db_name=store.db_name, key=key)
-    if type(error) is TimeoutError:
-        return CallTimeoutError(
-            "the store did not answer within read_timeout",
-            verb=verb,
-            db_name=store.db_name,
-            key=key,
-            attempts=1,
-            maybe_applied=verb != "get",
-        )
-    return error

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import warnings
 
+import pytest
 from caching_under_test import settle
 
 from aiokv import AsyncKVStore, kv_cached
@@ -39,6 +40,8 @@ async def test_task_that_is_cancelled_before_it_begins_ends_its_callers(store: A
         await asyncio.sleep(0)
         return 1
 
+    if asyncio.get_running_loop().get_task_factory() is not None:
+        pytest.skip("an eager task begins at once")
     cache = number._cache
     flights = cache.flights_of(store)
     waiting = asyncio.create_task(number())

@@ -35,6 +35,10 @@ class Service:
     async def many(self, ids: list[int], scale: int = 1) -> dict[int, int]:
         return dict.fromkeys(ids, scale)
 
+    @kv_cached_many(60, store=kv, ignore="self")
+    async def numbers(self, user_ids: list[int]) -> dict[int, int]:
+        return {id_: id_ for id_ in user_ids}
+
     @kv_cached(60, store=kv)
     @classmethod
     async def of_class(cls, word: str) -> str:
@@ -129,6 +133,7 @@ async def test_ids_may_be_passed_as_ids_or_by_the_name_of_the_parameter() -> Non
         assert (await titles.peek(**passed))[1].value == "en"
         await titles.invalidate(**passed)
         assert await titles.peek(**passed) == {}
+    assert await Service.numbers(Service(), ids=[1]) == await Service.numbers(Service(), user_ids=[1]) == {1: 1}
     with pytest.raises(TypeError, match="ids"):
         await titles(locale="no")  # type: ignore[call-arg]
 

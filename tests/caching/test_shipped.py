@@ -172,10 +172,15 @@ def test_functions_of_main_share_entries_with_the_process_that_they_are_shipped_
 
 MODULE = """
 from __future__ import annotations
-import asyncio
+import asyncio, decimal
 from aiokv import kv_cached, kv_cached_many, NearCache, Encrypted, Zstd
 
 near = NearCache(30)
+ONE = decimal.Decimal(1)
+
+@kv_cached(60, store=kv)
+async def number(n: int) -> decimal.Decimal:
+    return ONE
 
 @kv_cached(60, store=kv, near=near)
 async def first(n: int) -> dict[str, int]:
@@ -244,6 +249,13 @@ async def test_key_version_codecs_and_ignored_parameters_travel(module: Any) -> 
     shipped = ship(module.second)
     assert shipped.key(1, "a") == shipped.key(1, "b")
     assert await ship(shipped)(7) == 14
+
+
+async def test_return_type_travels_where_its_annotation_is_text_that_the_code_does_not_use(module: Any) -> None:
+    shipped = ship(module.number)
+    assert "decimal" not in shipped.__wrapped__.__globals__
+    assert [await shipped(1), await shipped(1), await module.number(1)] == [module.ONE] * 3
+    assert (shipped.info().computations, module.number.info().computations) == (1, 0)
 
 
 def test_shipped_function_looks_like_the_function_before_its_first_call(module: Any) -> None:
