@@ -7,7 +7,7 @@ small dict is measured beside an int. Peers that are not installed are left out:
 
   pip install async-lru aiocache cashews cachebox
 
-  python benchmarks/instructions.py                          all, 3 minutes on 2 cores
+  python benchmarks/instructions.py                          all, 6 minutes on 2 idle cores, half of it for a million keys
   python benchmarks/instructions.py --only near growth       some tables
   python benchmarks/instructions.py --all-peers              aiocache and cashews too, which are slow
 

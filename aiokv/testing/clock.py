@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
-from types import BuiltinFunctionType
 
 from aiokv import clock
 
@@ -28,13 +27,9 @@ def _moved_monotonic() -> float:
     return (_other_monotonic or time.monotonic)() + _monotonic_ahead
 
 
-_MARK = "is_moved"
-
-
 def _unless_of_time(function: Callable[[], float]) -> Callable[[], float] | None:
     """Return what a test put in place of a clock; None for the functions of `time`, and for those of freezegun."""
-    is_of_time = isinstance(function, BuiltinFunctionType) or function in {time.time, time.monotonic}
-    return None if is_of_time else function
+    return None if function in {time.time, time.monotonic} else function
 
 
 def _install() -> None:
@@ -44,7 +39,7 @@ def _install() -> None:
         _other_now = _unless_of_time(clock.now)
         clock.now = _moved_now
         # freezegun remembers by the names in a module which of them are clocks: with another name it looks anew.
-        setattr(clock, _MARK, True)
+        clock.__dict__["is_moved"] = True
     if clock.monotonic is not _moved_monotonic:
         _other_monotonic = _unless_of_time(clock.monotonic)
         clock.monotonic = _moved_monotonic
@@ -125,8 +120,7 @@ def movable_clock() -> Generator[MovableClock]:
                 _wall_ahead = 0.0
                 if clock.now is _moved_now:
                     clock.now = _other_now or time.time
-                if hasattr(clock, _MARK):
-                    delattr(clock, _MARK)
+                clock.__dict__.pop("is_moved", None)
                 if clock.monotonic is _moved_monotonic and _other_monotonic is not None:
                     clock.monotonic = _other_monotonic
                 _other_now = _other_monotonic = None

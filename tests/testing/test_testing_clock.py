@@ -238,6 +238,17 @@ async def test_cached_functions_follow_freezegun_and_move_beside_it(order: str) 
     assert abs(datetime.now(UTC).timestamp() - time.time()) < 60
 
 
+def test_the_clock_moves_on_after_a_freeze_that_ended_in_its_block() -> None:
+    freezegun = pytest.importorskip("freezegun")
+    frozen_time = freezegun.freeze_time("2030-01-01", real_asyncio=True)
+    frozen_time.start()
+    with movable_clock() as moved:
+        frozen_time.stop()
+        moved.advance(1_000)
+        assert clock.now() - time.time() == pytest.approx(1_000, abs=30)
+    assert clock.now is time.time
+
+
 async def follow(count: Count, tick: Callable[[float], object], advance: Callable[[float], object]) -> None:
     assert datetime.fromtimestamp(clock.now(), UTC).date() == datetime(2030, 1, 1, tzinfo=UTC).date()
     assert (await count(), await count()) == (1, 1)
