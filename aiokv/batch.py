@@ -22,6 +22,7 @@ async def call_each(keys: list[str], call: Callable[[str], Awaitable[T]], concur
 
     Raises:
         BatchError: A call failed; it holds the results of the calls that succeeded.
+        Exception: What a backend of the program's own failed with, where that is no `AioKVError`.
     """
     remaining = iter(keys)
     results: dict[str, T] = {}
@@ -31,12 +32,16 @@ async def call_each(keys: list[str], call: Callable[[str], Awaitable[T]], concur
         while not errors and (key := next(remaining, None)) is not None:
             try:
                 results[key] = await call(key)
-            except AioKVError as error:
+            except Exception as error:  # noqa: BLE001 (raised below, after the calls that are under way)
                 errors[key] = error
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(keys))):
             group.create_task(work())
+    for error in errors.values():
+        if not isinstance(error, AioKVError):
+            # Of a backend of the program's own: as it would come from a single call.
+            raise error
     if errors:
         texts = {key: value if isinstance(value, str) else None for key, value in results.items()}
         raise BatchError(errors, texts, list(remaining))
