@@ -21,7 +21,7 @@ from aiokv.caching.near import NearView
 from aiokv.caching.options import CacheOptions
 from aiokv.caching.results import NotStorable, ResultCodec
 from aiokv.caching.writes import Write
-from aiokv.errors import ValueTooLargeError
+from aiokv.errors import StoreClosedError, ValueTooLargeError
 from aiokv.limits import MAX_VALUE_BYTES, check_value_size
 from aiokv.store import AsyncKVStore
 
@@ -197,7 +197,20 @@ class StoredResults:
         try:
             errors, overtaken = await flights.access.write(store, writes, self._wait_seconds, on_late)
         except asyncio.CancelledError:
-            # The results are known all the same.
+            # The results are known all the same; that they replace what is stored is not.
+            for flight in batch:
+                if flight.is_decisive:
+                    self.generations.distrust(flight.place, started)
+                if must and outcomes[flight].error is None:
+                    closed = StoreClosedError(
+                        "the cached function was closed before the result was stored",
+                        verb="set",
+                        db_name=store.db_name,
+                        key=flight.call.key,
+                        attempts=1,
+                        maybe_applied=True,
+                    )
+                    outcomes[flight] = Outcome(error=closed)
             _end(outcomes)
             raise
         finally:

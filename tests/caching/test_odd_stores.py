@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from caching_under_test import MovedTime, WatchedBackend, settle, watched_store
 
-from aiokv import AsyncKVStore, CallTimeoutError, NearCache, StorageError, kv_cached, kv_cached_many
+from aiokv import AsyncKVStore, CallTimeoutError, NearCache, StorageError, StoreClosedError, kv_cached, kv_cached_many
 
 
 class Answering(WatchedBackend):
@@ -106,3 +106,19 @@ def test_store_that_was_closed_is_not_probed(moved_time: MovedTime) -> None:
         assert backend.calls == []
 
     moved_time.run(scenario())
+
+
+async def test_prime_that_is_closed_before_it_is_stored_raises() -> None:
+    backend, store = watched_store()
+
+    @kv_cached(60, store=store, key=lambda: "one", read_timeout=0.01)
+    async def read() -> int:
+        return 1
+
+    backend.hold("set")
+    priming = asyncio.create_task(read.prime(2))
+    await settle()
+    await read.aclose()
+    with pytest.raises(StoreClosedError) as caught:
+        await priming
+    assert caught.value.maybe_applied
