@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 Clock = Callable[[], float]
 """Return the present as seconds since the epoch; injected so that tests can move time."""
@@ -58,6 +58,82 @@ class Backend(Protocol):
 
     async def aclose(self) -> None:
         """Finish the writes under way and release every resource; safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class ImmediateBackend(Protocol):
+    """A backend whose reads mostly need no waiting, so that its server needs no task for them."""
+
+    def get_now(self, db_name: str, key: str) -> str | None:
+        """Read a value in this very step.
+
+        Args:
+            db_name: The namespace.
+            key: The key.
+
+        Returns:
+            The value, or None where the key is absent or has expired.
+
+        Raises:
+            WouldWaitError: Only `get` can answer now; it says what is wrong, if anything is.
+            CallError: The value could not be read.
+        """
+        ...
+
+
+class WouldWaitError(Exception):
+    """A backend cannot answer in this very step; await its coroutine instead."""
+
+
+class Usage(NamedTuple):
+    """What is stored: bytes of UTF-8 values and entries, expired ones too until they are swept."""
+
+    value_bytes: int
+    entries: int
+
+
+class Gauges(NamedTuple):
+    """What a backend tells its operator; None where it has no such thing."""
+
+    entries: int
+    value_bytes: int
+    expired: int
+    """Entries swept since it was opened."""
+    commits: int | None = None
+    """Transactions since it was opened; `committed_writes / commits` is the size of a group commit."""
+    committed_writes: int | None = None
+    wal_bytes: int | None = None
+    disk_free_bytes: int | None = None
+    failures: int = 0
+    """Calls that failed by the backend's own fault since it was opened."""
+
+
+@runtime_checkable
+class HostedBackend(Protocol):
+    """What a server asks of a backend beside its values: room, health and figures."""
+
+    def usage(self, account: str) -> Usage:
+        """Count what an account stores, cheaply enough for every set.
+
+        Args:
+            account: What stands before the first `:` of its namespaces; "" for the namespaces without one.
+
+        Returns:
+            The usage, those of other processes of the same store included.
+        """
+        ...
+
+    async def health(self) -> str | None:
+        """Try whether a write would succeed now.
+
+        Returns:
+            None where it would, else the reason, for a person: no value, no secret.
+        """
+        ...
+
+    def gauges(self) -> Gauges:
+        """Return the present figures; cheap enough for every few seconds."""
         ...
 
 
