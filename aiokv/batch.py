@@ -36,8 +36,17 @@ async def call_each(keys: list[str], call: Callable[[str], Awaitable[T]], concur
                 errors[key] = error
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, len(keys))):
-            group.create_task(work())
+
+        def share() -> None:
+            for _ in range(min(concurrency, len(keys)) - 1):
+                group.create_task(work())
+
+        # Where no call waits for anything, this task makes all of them before the loop goes on, and no other is needed.
+        sharing = asyncio.get_running_loop().call_soon(share)
+        try:
+            await work()
+        finally:
+            sharing.cancel()
     for error in errors.values():
         if not isinstance(error, AioKVError):
             # Of a backend of the program's own: as it would come from a single call.

@@ -26,7 +26,7 @@ A bad argument is a plain `ValueError` or `TypeError`, raised before any I/O.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 MAX_PRINTED_KEY_CHARS = 100
 
@@ -184,13 +184,14 @@ class BatchError(AioKVError):
     """A part of a `*_many` call failed; after the first failure no further key was started.
 
     Args:
-        errors: Each failed key with its error; `maybe_applied` of a failed write is true where it may be in the store.
+        errors: Each failed key, or id of `kv_cached_many`, with its error; `maybe_applied` of a failed write is true where it
+            may be in the store.
         results: Each key that succeeded, with its result (None for writes).
         not_attempted: The keys that were not started.
     """
 
     def __init__(
-        self, errors: Mapping[str, Exception], results: Mapping[str, str | None], not_attempted: Sequence[str]
+        self, errors: Mapping[Any, Exception], results: Mapping[Any, str | None], not_attempted: Sequence[Any]
     ) -> None:
         # Not as arguments of the exception: tools print those, and the results hold values.
         super().__init__()

@@ -259,11 +259,11 @@ def grown(held: int) -> Subject:
         cached: Any = kv_cached(ttl=3600, near=near(held * SLOT_BYTES), store=store)(number)
         await repeat(cached, KEYS, len(KEYS))
         # As a call that computes does in the end; a million whole calls would take half an hour under valgrind.
-        view = cached._near  # noqa: SLF001 (see above)
+        cache = cached._cache  # noqa: SLF001 (see above)
         for index in range(held):
             key = f"held-{index}"
             place = (store.target, key)
-            view.put(store, place, view.quick(key), b"1", index, 3600.0, lambda: True)
+            cache.near.put(store, place, cache.keys.plain_call((key,), {}), b"1", index, 3600.0, lambda: True)
         step = max(1, held // calls)
         keys = [f"held-{index * step % held}" for index in range(calls)]
         yield

@@ -9,11 +9,14 @@ import os
 import threading
 import weakref
 from asyncio import AbstractEventLoop, get_running_loop
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from functools import partial
+from typing import Any, Final
 
 from aiokv.caching.breaker import Breaker, Verb, first_of, is_cancelled
 from aiokv.caching.claims import Claim
-from aiokv.caching.deadlines import Alarm, SharedDeadline
+from aiokv.caching.deadlines import Alarm, SharedDeadline, go_on
 from aiokv.caching.writes import Write
 from aiokv.errors import BatchError, ValueTooLargeError
 from aiokv.limits import MIN_TTL_SECONDS
@@ -21,6 +24,7 @@ from aiokv.store import AsyncKVStore
 from aiokv.target import Target
 
 _PROBE_KEY = "aiokv-probe"
+_NONE: Final[AbstractSet[str]] = frozenset()
 
 
 class SkippedError(Exception):
@@ -65,8 +69,13 @@ class StoreAccess:
             deadline = self._deadlines[wait_seconds] = SharedDeadline(wait_seconds)
         return deadline
 
-    async def read(
-        self, store: AsyncKVStore, keys: Sequence[str], wait_seconds: float
+    async def read(  # noqa: C901, PLR0912 (one read from top to bottom)
+        self,
+        store: AsyncKVStore,
+        keys: Sequence[str],
+        wait_seconds: float,
+        on_wait: Callable[..., None] | None = None,
+        args: tuple[Any, ...] = (),
     ) -> tuple[Mapping[str, str | None], BaseException | None]:
         """Read several entries, in a time that all share.
 
@@ -74,6 +83,8 @@ class StoreAccess:
             store: The caller's own store of this target.
             keys: Their keys.
             wait_seconds: Seconds to wait at most.
+            on_wait: Called where the store does not answer at once, before anything else of this event loop can run.
+            args: Its arguments.
 
         Returns:
             What was read, and what the store failed with: a `SkippedError` where it was not asked. After a failure some keys
@@ -87,17 +98,26 @@ class StoreAccess:
             keys = [key for key in keys if key not in texts]
             if not keys:
                 return texts, None
-        deadline = self._deadlines.get(wait_seconds) or self.deadline(wait_seconds)
-        task = deadline.begin()
         is_late = False
         try:
+            work: Coroutine[Any, Any, Any] = store.get(keys[0]) if len(keys) == 1 else store.get_many(keys)
             try:
-                if len(keys) == 1:
-                    texts[keys[0]] = await store.get(keys[0])
-                else:
-                    texts.update(await store.get_many(keys))
-            finally:
-                is_late = deadline.end(task)
+                suspended = work.send(None)
+            except StopIteration as done:
+                answer: Any = done.value
+            else:
+                if on_wait is not None:
+                    on_wait(*args)
+                deadline = self.deadline(wait_seconds)
+                task = deadline.begin()
+                try:
+                    answer = await go_on(work, suspended)
+                finally:
+                    is_late = deadline.end(task)
+            if len(keys) == 1:
+                texts[keys[0]] = answer
+            else:
+                texts.update(answer)
         except BatchError as batch:
             texts.update(batch.results)
             failure: BaseException = next(iter(batch.errors.values()))
@@ -113,8 +133,13 @@ class StoreAccess:
         return texts, failure
 
     async def write(
-        self, store: AsyncKVStore, writes: Sequence[Write], wait_seconds: float, on_late: Callable[[], None] | None = None
-    ) -> tuple[dict[str, BaseException], set[str]]:
+        self,
+        store: AsyncKVStore,
+        writes: Sequence[Write],
+        wait_seconds: float,
+        on_late: Callable[..., None] | None = None,
+        args: tuple[Any, ...] = (),
+    ) -> tuple[dict[str, BaseException], AbstractSet[str]]:
         """Apply sets or deletes, each after the earlier ones of its key, and take back what must not stay.
 
         Args:
@@ -122,39 +147,39 @@ class StoreAccess:
             writes: All sets, or all deletes.
             wait_seconds: Seconds after which the store counts as failing. The writes go on.
             on_late: Called at that moment.
+            args: Its arguments.
 
         Returns:
             What each key that is not known to be written failed with, and the keys at which another loop of the process is
             still setting something older, which is deleted once it has landed.
         """
         earlier = self._enqueue(writes)
-        is_late = False
-
-        def late() -> None:
-            nonlocal is_late
-            is_late = True
-            self._failed("write", store, TimeoutError(), wait_seconds)
-            if on_late is not None:
-                on_late()
-
-        alarm = Alarm(self.deadline(wait_seconds), late)
+        alarm: Alarm | None = None
         errors: dict[str, BaseException]
+        overtaken: AbstractSet[str]
         try:
-            if earlier:
-                await asyncio.wait(earlier)
-            errors, overtaken = await self._land(store, writes, wait_seconds)
+            work = self._land(store, writes, earlier, wait_seconds)
+            try:
+                suspended = work.send(None)
+            except StopIteration as done:
+                errors, overtaken = done.value
+            else:
+                alarm = Alarm(self.deadline(wait_seconds), partial(self._late, store, wait_seconds, on_late, args))
+                errors, overtaken = await go_on(work, suspended)
         except (Exception, asyncio.CancelledError) as error:
             if is_cancelled(error):
                 raise
-            errors, overtaken = {}, set()
-            errors.update(dict.fromkeys([write.key for write in writes], first_of(error)))
+            errors, overtaken = dict.fromkeys([write.key for write in writes], first_of(error)), _NONE
         finally:
-            alarm.stop()
+            if alarm is not None:
+                alarm.stop()
             self._dequeue(writes)
-        failed = [error for error in errors.values() if not isinstance(error, ValueTooLargeError)]
-        if failed:
-            self._failed("write", store, failed[0], wait_seconds)
-        elif not is_late:
+        if errors:
+            failed = [error for error in errors.values() if not isinstance(error, ValueTooLargeError)]
+            if failed:
+                self._failed("write", store, failed[0], wait_seconds)
+                return errors, overtaken
+        if alarm is None or not alarm.has_rung:
             self.breaker.writes.succeeded()
         return errors, overtaken
 
@@ -182,6 +207,13 @@ class StoreAccess:
     def _pending_texts(self, keys: Sequence[str]) -> dict[str, str | None]:
         writes = [write for key in keys if (write := self.pending.get(key)) is not None]
         return {write.key: write.text if write.may_stay() else None for write in writes}
+
+    def _late(
+        self, store: AsyncKVStore, wait_seconds: float, on_late: Callable[..., None] | None, args: tuple[Any, ...]
+    ) -> None:
+        self._failed("write", store, TimeoutError(), wait_seconds)
+        if on_late is not None:
+            on_late(*args)
 
     def _failed(self, verb: Verb, store: AsyncKVStore, error: BaseException, wait_seconds: float) -> None:
         self._last_failed = weakref.ref(store)
@@ -213,21 +245,38 @@ class StoreAccess:
             if self.pending.get(write.key) is write:
                 del self.pending[write.key]
 
-    async def _land(
-        self, store: AsyncKVStore, writes: Sequence[Write], wait_seconds: float
-    ) -> tuple[dict[str, BaseException], set[str]]:
+    async def _land(  # noqa: C901, PLR0912 (the steps of a write, from top to bottom)
+        self, store: AsyncKVStore, writes: Sequence[Write], earlier: "list[asyncio.Future[None]]", wait_seconds: float
+    ) -> tuple[dict[str, BaseException], AbstractSet[str]]:
         """Apply what is still to be applied, and take back what must not stay."""
-        applied = [write for write in writes if write.begin()]
-        overtaken: set[str] = set()
+        if earlier:
+            await asyncio.wait(earlier)
+        applied = []
+        for write in writes:
+            if write.begin():
+                applied.append(write)  # noqa: PERF401 (one at the most, mostly)
+        errors: dict[str, BaseException] = {}
+        overtaken: AbstractSet[str] = _NONE
         try:
             if len(_loops) > 1:
                 overtaken = await self._wait_for_other_loops(applied, wait_seconds)
                 applied = [write for write in applied if write.may_stay()]
-            errors = await self._apply(store, applied)
+            try:
+                if len(applied) == 1 and applied[0].text is not None:
+                    await store.set(applied[0].key, applied[0].text, applied[0].ttl_seconds)
+                elif applied:
+                    errors = await _apply(store, applied)
+            except BatchError as batch:
+                errors = _errors_of(batch)
+            except Exception as error:  # noqa: BLE001 (returned)
+                errors = dict.fromkeys([write.key for write in applied], first_of(error))
             # A set may have landed after what superseded it.
-            superseded = [write for write in applied if write.text is not None and not write.may_stay()]
+            superseded = []
+            for write in applied:
+                if write.text is not None and not write.may_stay():
+                    superseded.append(write.key)  # noqa: PERF401 (none, mostly)
             if superseded:
-                await _delete(store, [write.key for write in superseded])
+                await _delete(store, superseded)
                 applied = []
         finally:
             for write in writes:
@@ -256,21 +305,13 @@ class StoreAccess:
                 write = write.previous
         return futures
 
-    async def _apply(self, store: AsyncKVStore, writes: Sequence[Write]) -> dict[str, BaseException]:
-        if not writes:
-            return {}
-        try:
-            if writes[0].text is None:
-                await _delete(store, [write.key for write in writes])
-            elif len(writes) == 1:
-                await store.set(writes[0].key, writes[0].text, writes[0].ttl_seconds)
-            else:
-                return await _set_many(store, writes)
-        except BatchError as batch:
-            return _errors_of(batch)
-        except Exception as error:  # noqa: BLE001 (returned)
-            return dict.fromkeys([write.key for write in writes], first_of(error))
-        return {}
+
+async def _apply(store: AsyncKVStore, writes: Sequence[Write]) -> dict[str, BaseException]:
+    """Apply sets or deletes; return what some of them failed with."""
+    if writes[0].text is not None:
+        return await _set_many(store, writes)
+    await _delete(store, [write.key for write in writes])
+    return {}
 
 
 async def _delete(store: AsyncKVStore, keys: Sequence[str]) -> None:

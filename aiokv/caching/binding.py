@@ -4,12 +4,14 @@ import asyncio
 import copy
 import functools
 import inspect
+import operator
 import sys
 import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
+from aiokv.caching.cache import Cache
 from aiokv.caching.events import CacheInfo
 from aiokv.caching.naming import adopt_script_names, script_names
 from aiokv.caching.shipping import Recipe, make_stand_in, recipe_of
@@ -33,33 +35,29 @@ class _SignatureOf:
 class CachedCallable:
     """A cached function, bound to nothing, or to an instance or a class."""
 
-    # The dictionary holds the function's own attributes. Each call needs the others, which are faster as slots.
-    __slots__ = ("__dict__", "__weakref__", "_bound", "_cache", "_stand_in")
+    # What there is at run time are the forms of each kind; see `_forms_of`.
+    __slots__ = ("__weakref__",)
 
     decorator_name: ClassVar[str] = ""
     __signature__ = _SignatureOf()
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._cache = recipe.cache()
-        # This also copies the attributes of a function that is itself a cached function.
-        functools.update_wrapper(cast("Callable[..., object]", self), recipe.function, _ASSIGNED)
-        for name in [name for name in self.__dict__ if not name.startswith("__") and hasattr(type(self), name)]:
-            # Else an attribute of the function would hide a method.
-            del self.__dict__[name]
-        self._bound: tuple[Any, ...] = ()
-        self._stand_in = make_stand_in(recipe, self.__dict__)
-        _unbound[self._stand_in] = _at_home[recipe.token] = self
+    if TYPE_CHECKING:
+        _kind: ClassVar[type[Any]]
+        _cache: Cache
+        _stand_in: Any
+        _bound: tuple[Any, ...]
+        _quick: Callable[[tuple[Any, ...]], Any] | None
 
-    if not TYPE_CHECKING:
+        def bound_to(self, instance: object) -> Self:
+            """Bind to an instance or a class, as a function in a class does; a bound form stays as it is.
 
-        def __getattr__(self, name: str) -> Any:
-            # A function that came by value builds its cache at its first use, when all that it refers to has been unpickled.
-            if name not in {"_cache", "_near"}:
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            self._cache = recipe_of(self._stand_in).cache()
-            if name == "_near":
-                self._near = self._cache.near
-            return getattr(self, name)
+            Args:
+                instance: The first argument of every call.
+
+            Returns:
+                The bound form.
+            """
+            raise NotImplementedError
 
     # asyncio.iscoroutinefunction reads this attribute. inspect reads the properties below.
     @property
@@ -69,25 +67,6 @@ class CachedCallable:
     @property
     def __type_params__(self) -> Any:
         return cast("Any", self._cache.function).__type_params__
-
-    def bound_to(self, instance: object) -> Self:
-        """Bind to an instance or a class, as a function in a class does; a bound form stays as it is.
-
-        Args:
-            instance: The first argument of every call.
-
-        Returns:
-            The bound form.
-        """
-        if self._bound:
-            return self
-        bound = object.__new__(type(self))
-        # All bound forms share one dictionary: they have no attributes of their own.
-        bound.__dict__ = self.__dict__
-        bound._cache = self._cache
-        bound._stand_in = self._stand_in
-        bound._bound = (instance,)
-        return bound
 
     # By these and the annotations, inspect takes it for a function, and so for a coroutine function (Python 3.11).
     @property
@@ -110,7 +89,7 @@ class CachedCallable:
     def __reduce_ex__(self, protocol: Any) -> Any:
         if protocol >= _PROTOCOL_OF_STAND_INS:
             token = recipe_of(self._stand_in).token
-            return _unpickle, (type(self), self._stand_in, self._bound, token, script_names())
+            return _unpickle, (self._kind, self._stand_in, self._bound, token, script_names())
         # Older ones reach an attribute of the cached function through the cached function itself.
         if self._bound:
             return getattr, (self._bound[0], self._cache.function.__name__)
@@ -121,7 +100,8 @@ class CachedCallable:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # As with methods, whose instance is copied.
-        return _form(type(self), self._stand_in, copy.deepcopy(self._bound, memo)) if self._bound else self
+        bound: Any = self
+        return _bind(bound._unbound, copy.deepcopy(bound._instance, memo)) if self._bound else self  # noqa: SLF001 (of this module)
 
     def __eq__(self, other: object) -> bool:
         # As with methods: each access makes a new bound form, and these are equal.
@@ -164,6 +144,169 @@ class CachedCallable:
             raise TypeError(f"put @{self.decorator_name} above @classmethod at {self._cache.function.__qualname__}")
 
 
+class _Unbound(CachedCallable):
+    """The form that is bound to nothing."""
+
+    # The dictionary holds the function's own attributes. Calls need the others, which are faster as slots.
+    __slots__ = ("__dict__", "_cache", "_quick", "_quick_bound", "_stand_in")
+
+    _bound = ()
+
+    def __init__(self, recipe: Recipe) -> None:
+        cache = recipe.cache()
+        # This also copies the attributes of a function that is itself a cached function.
+        functools.update_wrapper(cast("Callable[..., object]", self), recipe.function, _ASSIGNED)
+        for name in [name for name in self.__dict__ if not name.startswith("__") and hasattr(type(self), name)]:
+            # Else an attribute of the function would hide a method.
+            del self.__dict__[name]
+        self._stand_in = make_stand_in(recipe, self.__dict__)
+        self._take(cache)
+        _unbound[self._stand_in] = _at_home[recipe.token] = self
+
+    def _take(self, cache: Cache) -> None:
+        near = cache.near
+        self._cache = cache
+        self._quick, self._quick_bound = (None, None) if near is None else (near.direct, near.direct_bound)
+
+    def bound_to(self, instance: object) -> Any:
+        return _bind(self, instance)
+
+
+class _Shipped(_Unbound):
+    """An unbound form that came by value: it builds its cache at its first use, when what it refers to has been unpickled."""
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _BUILT:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self._take(recipe_of(self._stand_in).cache())
+            # From now on it is an unbound form as others: those without `__getattr__` are read faster.
+            self.__class__ = _forms_of(self._kind).unbound
+            return getattr(self, name)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else _bind(self, instance)
+
+
+class _Bound(CachedCallable):
+    """The form that is bound to an instance or a class; like a method, it passes the attributes of the function on."""
+
+    # No dictionary: one is made at each call of a method.
+    __slots__ = ("_instance", "_quick", "_unbound")
+
+    _unbound: _Unbound
+    _instance: object
+
+    # Functions in C, since each attribute is read through the slow way of classes with `__getattr__`.
+    _cache: Any = property(operator.attrgetter("_unbound._cache"))
+    _stand_in: Any = property(operator.attrgetter("_unbound._stand_in"))
+    _bound: Any = property(lambda self: (self._instance,))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "_quick":
+                # The unbound form may not be built yet.
+                self._quick = self._unbound._quick_bound  # noqa: SLF001 (of this module)
+                return self._quick
+            return getattr(self._unbound, name)
+
+    def __get__(self, _: Any, owner: type | None = None) -> Any:
+        return self
+
+    def bound_to(self, instance: object) -> Any:  # noqa: ARG002 (it has one)
+        return self
+
+
+class _OfUnbound:
+    """An attribute of bound forms that Python would else find in the class: that of the unbound form."""
+
+    def __init__(self, name: str, of_class: object) -> None:
+        self._name = name
+        self._of_class = of_class
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self._of_class if instance is None else getattr(instance._unbound, self._name)  # noqa: SLF001 (of this module)
+
+
+class _ModuleOfUnbound(str):
+    """Likewise, for `__module__`, which Python reads in the class as it stands there."""
+
+    __slots__ = ()
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else instance._unbound.__module__  # noqa: SLF001 (of this module)
+
+
+class _Forms(NamedTuple):
+    """The classes of one kind of cached function."""
+
+    unbound: type[Any]
+    shipped: type[Any]
+    bound: type[Any]
+
+
+_forms: dict[Any, _Forms] = {}
+
+
+def _forms_of(kind: Any) -> _Forms:
+    """Return the classes of a kind of cached function."""
+    return _forms.get(kind) or _forms.setdefault(kind, _make_forms(kind))
+
+
+def _make_forms(kind: Any) -> _Forms:
+    """Make the classes of a kind of cached function; all are subclasses of it, and named as it is."""
+    names = {"__slots__": (), "_kind": kind, "__doc__": kind.__doc__, "__module__": kind.__module__}
+    of_bound = {
+        **names,
+        "__doc__": _OfUnbound("__doc__", kind.__doc__),
+        "__module__": _ModuleOfUnbound(kind.__module__),
+        "__annotations__": _OfUnbound("__annotations__", {}),
+    }
+    bound = type(kind.__name__, (_Bound, kind), of_bound)
+
+    def get(self: Any, instance: Any, _: type | None = None) -> Any:
+        # Each call of a method passes here.
+        if instance is None:
+            return self
+        form: Any = bound()
+        form._unbound = self  # noqa: SLF001 (of this module)
+        form._instance = instance  # noqa: SLF001 (of this module)
+        form._quick = self._quick_bound  # noqa: SLF001 (of this module)
+        return form
+
+    unbound = type(kind.__name__, (_Unbound, kind), {**names, "__get__": get})
+    return _Forms(unbound, type(kind.__name__, (_Shipped, unbound), names), bound)
+
+
+def make_cached(kind: type[C], recipe: Recipe) -> C:
+    """Make a cached function.
+
+    Args:
+        kind: `CachedFunction` or `CachedManyFunction`.
+        recipe: What it is built from.
+
+    Returns:
+        Its unbound form.
+
+    Raises:
+        TypeError: An option does not fit the function.
+        ValueError: An option is not acceptable.
+    """
+    return cast("C", _forms_of(kind).unbound(recipe))
+
+
+def _bind(unbound: _Unbound, instance: object) -> Any:
+    """Make a bound form without building the unbound one."""
+    bound = _forms_of(unbound._kind).bound()  # noqa: SLF001 (of this module)
+    bound._unbound, bound._instance = unbound, instance  # noqa: SLF001 (of this module)
+    return bound
+
+
+_BUILT = frozenset({"_cache", "_quick", "_quick_bound"})
 # Those that were decorated here, by their stand-ins and by their tokens: by name, or back from elsewhere, each is itself.
 _unbound: "weakref.WeakValueDictionary[types.FunctionType, CachedCallable]" = weakref.WeakValueDictionary()
 _at_home: "weakref.WeakValueDictionary[str, CachedCallable]" = weakref.WeakValueDictionary()
@@ -177,16 +320,10 @@ def _unpickle(
     adopt_script_names(names)
     unbound = _unbound.get(stand_in) or _at_home.get(token)
     if unbound is None:
-        return _form(kind, stand_in, bound)
-    return _form(kind, unbound._stand_in, bound) if bound else unbound  # noqa: SLF001 (of this module)
-
-
-def _form(kind: type[C], stand_in: types.FunctionType, bound: tuple[Any, ...]) -> C:
-    """Make a bound or unbound form without completing it."""
-    form = object.__new__(kind)
-    form.__dict__ = stand_in.__dict__
-    form._stand_in, form._bound = stand_in, bound
-    return form
+        unbound = object.__new__(_forms_of(kind).shipped)
+        unbound.__dict__ = stand_in.__dict__
+        unbound._stand_in = stand_in
+    return unbound.bound_to(bound[0]) if bound else unbound
 
 
 def check_coroutine_function(function: object) -> None:

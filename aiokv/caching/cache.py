@@ -5,20 +5,22 @@ import contextlib
 import copy
 import os
 import random
+import threading
 import weakref
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from aiokv import clock
 from aiokv.caching.access import access_of
 from aiokv.caching.codecs import Codec
-from aiokv.caching.computing import Computations, Compute
+from aiokv.caching.computing import Computations, Compute, Plan
 from aiokv.caching.events import EventKind, Events
 from aiokv.caching.flights import (
     ABSENT,
     NO_OUTCOME,
     Call,
+    Computation,
     Flight,
     Flights,
     Outcome,
@@ -40,6 +42,7 @@ from aiokv.default_store import watch_default_store
 from aiokv.store import AsyncKVStore
 from aiokv.target import Target
 
+_FIRST = (0,)
 # An enum's member is looked up through its class, which costs.
 _SERVE, _COMPUTE = Decision.SERVE, Decision.COMPUTE
 _EVENTS: Final[dict[Decision, EventKind]] = {
@@ -51,22 +54,6 @@ _EVENTS: Final[dict[Decision, EventKind]] = {
 _new_call: Any = tuple.__new__
 # Past so many (loop, target) pairs, those that are idle are forgotten.
 _MAX_IDLE_FLIGHTS = 256
-
-
-class Plan(NamedTuple):
-    """What is to be computed for the flights of one call.
-
-    Args:
-        missing: Flights whose callers wait for it.
-        fallbacks: What may be served for these where the function fails.
-        behind: Flights that have been served, with what was served, and the call to make behind their callers.
-        in_call: Likewise, for callers that wait all the same.
-    """
-
-    missing: list[Flight]
-    fallbacks: dict[Flight, Found]
-    behind: list[tuple[Flight, Found, Call]]
-    in_call: list[tuple[Flight, Found, Call]]
 
 
 class Cache:
@@ -98,13 +85,18 @@ class Cache:
         self.results = results
         self.events = Events(options.observer)
         self.stores = StoreChoice(options.store, options.db_name, function)
-        self.near = None if options.near is None else NearView(options.near, keys.quick, results, self.events)
+        self.near = (
+            None if options.near is None else NearView(options.near, keys.values, results, self.events, *keys.direct_counts)
+        )
         self.generations = generations_of(keys.prefix)
         self.stored = StoredResults(keys, results, codecs, options, self.events, self.generations, self.near)
         self.computations = Computations(compute, batch_size, keys, results, options, self.events, self.stored)
         self._wait_seconds = options.read_timeout
         self._freshness = FreshnessOptions(options.stale_seconds, options.error_seconds, options.early)
         self._flights: dict[tuple[AbstractEventLoop, Target], Flights] = {}
+        # For each target, the flights of all loops whose callers wait for a computation.
+        self._computed: dict[Target, dict[str, Flight]] = {}
+        self._lock = threading.Lock()
         # The last look-up. One tuple, so that another thread never sees half an update.
         self._last: tuple[AbstractEventLoop, Target, Flights] | None = None
         if self.near is not None and self.stores.fixed is not None:
@@ -127,7 +119,7 @@ class Cache:
         call: Call = _new_call(Call, (key, is_settled, args, kwargs, 0))
         return call
 
-    async def read_through(  # noqa: C901 (one call from top to bottom)
+    async def read_through(  # noqa: C901, PLR0912 (one call from top to bottom)
         self, store: AsyncKVStore, calls: Sequence[Call], mode: Mode
     ) -> list[Any]:
         """Return the results of several calls, from wherever they are nearest.
@@ -141,35 +133,52 @@ class Cache:
             A result for each, which no other caller holds unless it is immutable, or `ABSENT`.
         """
         flights = self.flights_of(store)
+        around = active_computations.get()
         results: list[Any] = [MISSED] * len(calls)
-        todo: Sequence[int] = range(len(calls))
-        while todo:
-            led: list[Flight] = []
-            keys: list[str] = []
-            # What is to be waited for, by the places in `results`.
+        todo: Sequence[int] = range(len(calls)) if len(calls) > 1 else _FIRST
+        while True:
+            # What is read, what this call leads and what it waits for, by places in `calls`.
+            reading: dict[str, int] = {}
+            led: dict[int, Flight] = {}
             awaited: dict[int, Flight] = {}
+            alone: list[int] = []
+            generation = self.generations.now
             try:
                 for index in todo:
-                    call = calls[index]
-                    under_way = flights.by_key.get(call[0])
-                    if under_way is None or not self._may_join(under_way, mode):
-                        led.append(self._begin(flights, store, call, index, mode))
-                        keys.append(call[0])
-                    elif not await self._join(under_way, call, index, results):
-                        awaited[index] = under_way
-                if led and mode == "use":
-                    # The caller's own task reads, which costs least where there is something to serve.
-                    texts, error = await flights.access.read(store, keys, self._wait_seconds)
+                    key = calls[index][0]
+                    under_way = flights.by_key.get(key)
+                    if key in reading:
+                        # Two ids have one key.
+                        self._begin_all(flights, store, calls, {key: reading[key]}, led, generation)
+                        self._join(led[reading[key]], index, awaited)
+                    elif under_way is not None and self._may_join(under_way, mode, around):
+                        if waits_for_itself(under_way, around):
+                            alone.append(index)
+                        else:
+                            self._join(under_way, index, awaited)
+                    elif mode == "use":
+                        reading[key] = index
+                    else:
+                        raised = self.stored.supersede(flights, key)
+                        led[index] = awaited[index] = self._begin(flights, store, calls[index], index, raised, is_decisive=True)
+                if reading:
+                    # The caller's own task reads, which costs least where there is something to serve. Others can come and join
+                    # only while the store is waited for.
+                    parts = (flights, store, calls, reading, led, generation)
+                    texts, error = await flights.access.read(store, list(reading), self._wait_seconds, self._begin_all, parts)
                     if error is not None:
-                        self.stored.read_failed(store, keys[0], error)
-                    plan = self._serve(led, texts, results)
+                        self.stored.read_failed(store, next(iter(reading)), error)
+                    plan = self._serve(flights, store, calls, reading, led, texts, generation, results)
                     if plan is not None:
-                        self._begin_plan(flights, plan, led, awaited, skip_write=error is not None)
+                        plan.skip_write = error is not None
+                        self.computations.begin_plan(flights, plan, awaited)
                 elif led:
-                    awaited.update({flight.index: flight for flight in led})
-                    self.computations.begin(flights, led, {}, skip_write=False)
-                if awaited:
-                    await self._take_all(awaited, led, results)
+                    self.computations.begin(flights, list(led.values()), {}, False)
+                for index in alone:
+                    results[index] = (await self.computations.compute([calls[index]]))[0]
+                if not awaited:
+                    return results
+                await self._take_all(awaited, calls, results, around)
             except BaseException as failed:
                 _end_reading(led, failed)
                 raise
@@ -177,8 +186,9 @@ class Cache:
                 if awaited and (cancelled := leave_all(awaited.values())):
                     # The last one to leave waits until the function has cleaned up.
                     await asyncio.wait(cancelled)
-            todo = () if not awaited else [index for index in todo if results[index] is MISSED]
-        return results
+            todo = [index for index in todo if results[index] is MISSED]
+            if not todo:
+                return results
 
     def flights_of(self, store: AsyncKVStore) -> Flights:
         """Return the flights of the running loop to a store's target."""
@@ -186,15 +196,22 @@ class Cache:
         last = self._last
         if last is not None and last[0] is loop and last[1] is target:
             return last[2]
-        flights = self._flights.get((loop, target))
-        if flights is None:
-            if len(self._flights) >= _MAX_IDLE_FLIGHTS:
-                for key, old in list(self._flights.items()):
-                    if key[0].is_closed() or (key[0] is loop and old.is_idle):
-                        self._flights.pop(key, None)
-            flights = self._flights[loop, target] = Flights(access_of(target))
+        with self._lock:
+            flights = self._flights.get((loop, target))
+            if flights is None:
+                if len(self._flights) >= _MAX_IDLE_FLIGHTS:
+                    self._forget_idle(loop)
+                flights = Flights(access_of(target), self._computed.setdefault(target, {}))
+                self._flights[loop, target] = flights
         self._last = (loop, target, flights)
         return flights
+
+    def _forget_idle(self, loop: AbstractEventLoop) -> None:
+        for key, flights in list(self._flights.items()):
+            if key[0].is_closed() or (key[0] is loop and flights.is_idle):
+                self._flights.pop(key, None)
+        used = {target for _, target in self._flights}
+        self._computed = {target: computed for target, computed in self._computed.items() if target in used}
 
     async def aclose(self) -> None:
         """Finish what was begun behind callers in this loop, within the time that a read may take, and cancel the rest."""
@@ -205,54 +222,87 @@ class Cache:
                 await flights.aclose(self.options.read_timeout)
                 self._flights.pop(key, None)
 
-    def _may_join(self, flight: Flight, mode: Mode) -> bool:
+    def _may_join(self, flight: Flight, mode: Mode, around: Sequence[Computation]) -> bool:
         if not self.generations.is_current(flight.place, flight.generation):
             return False
         # A refresh joins refreshes alone: others may serve what is stored. It must not wait for itself, either.
-        return mode == "use" or flight.is_decisive or waits_for_itself(flight, active_computations.get())
+        return mode == "use" or flight.is_decisive or waits_for_itself(flight, around)
 
-    async def _join(self, flight: Flight, call: Call, index: int, results: list[Any]) -> bool:
-        """Join a flight; return True where that would be to wait for oneself, and the call was computed by itself instead."""
-        if waits_for_itself(flight, active_computations.get()):
-            results[index] = (await self.computations.compute([call]))[0]
-            return True
-        flight.interest += 1
-        self.events.emit("joined", call.key)
-        return False
-
-    def _begin(self, flights: Flights, store: AsyncKVStore, call: Call, index: int, mode: Mode) -> Flight:
-        if mode == "use":
-            flight = Flight(flights, store, call, self.generations.now, index)
-        else:
-            flight = Flight(flights, store, call, self.stored.supersede(flights, call.key), index, is_decisive=True)
-        flights.by_key[call[0]] = flight
+    def _begin(  # noqa: PLR0913, PLR0917 (one for each call that waits, so by position)
+        self,
+        flights: Flights,
+        store: AsyncKVStore,
+        call: Call,
+        index: int,
+        generation: int,
+        is_decisive: bool = False,  # noqa: FBT001, FBT002 (likewise)
+    ) -> Flight:
+        """Begin a flight that others can join."""
+        flight = flights.by_key[call[0]] = Flight(flights, store, call, generation, index, is_decisive)
         if around := active_computations.get():
             flight.reader = around[-1]
         return flight
 
-    def _serve(self, led: Sequence[Flight], texts: Mapping[str, str | None], results: list[Any]) -> Plan | None:
+    def _begin_all(  # noqa: PLR0913, PLR0917 (likewise)
+        self,
+        flights: Flights,
+        store: AsyncKVStore,
+        calls: Sequence[Call],
+        reading: Mapping[str, int],
+        led: dict[int, Flight],
+        generation: int,
+    ) -> None:
+        for index in reading.values():
+            if index not in led:
+                led[index] = self._begin(flights, store, calls[index], index, generation)
+
+    def _join(self, flight: Flight, index: int, awaited: dict[int, Flight]) -> None:
+        flight.interest += 1
+        self.events.emit("joined", flight.call.key)
+        awaited[index] = flight
+
+    def _serve(  # noqa: PLR0913, PLR0917 (one for each hit, so by position)
+        self,
+        flights: Flights,
+        store: AsyncKVStore,
+        calls: Sequence[Call],
+        reading: Mapping[str, int],
+        led: dict[int, Flight],
+        texts: Mapping[str, str | None],
+        generation: int,
+        results: list[Any],
+    ) -> Plan | None:
         """Serve what is stored and may be served; return what is to be computed, if anything is."""
         plan: Plan | None = None
-        for flight in led:
-            found = self.stored.decode(flight.place, texts.get(flight.place[1]))
+        for key, index in reading.items():
+            found = self.stored.decode((flights.target, key), texts.get(key))
+            flight = led.get(index)
             decision = _COMPUTE
             if found is not None:
                 entry = found[0]
                 decision = decide(entry[2], entry[3], clock.now(), self._freshness, random.random)
-                if decision is _SERVE:
-                    self._give(flight, found, results, "hit")
+                if decision is _SERVE and flight is None and self.near is None:
+                    # Nobody can have joined, so no flight is needed.
+                    self.events.served("hit", key, entry[3])
+                    results[index] = found[1]
                     continue
-            plan = plan or Plan([], {}, [], [])
+            if flight is None:
+                flight = led[index] = self._begin(flights, store, calls[index], index, generation)
+            if found is not None and decision is _SERVE:
+                self._give(flight, found, results, "hit")
+                continue
+            if plan is None:
+                plan = Plan()
             self._plan(flight, found, decision, results, plan)
         return plan
 
     def _plan(self, flight: Flight, found: Found | None, decision: Decision, results: list[Any], plan: Plan) -> None:
         """Note what is to be computed for a flight, and serve what may be served all the same."""
-        # Not soon after the function has failed.
-        may_compute = not self.computations.backoff.is_waiting(flight.place, clock.monotonic())
-        if found is None or decision is Decision.COMPUTE:
+        if found is None or decision is _COMPUTE:
             plan.missing.append(flight)
             return
+        # Not soon after the function has failed.
+        may_compute = not self.computations.backoff.is_waiting(flight.place, clock.monotonic())
         if decision is Decision.COMPUTE_OR_FALL_BACK and may_compute:
             plan.missing.append(flight)
             plan.fallbacks[flight] = found
@@ -269,50 +319,33 @@ class Cache:
 
     def _give(self, flight: Flight, found: Found, results: list[Any], kind: EventKind) -> None:
         """Serve what is stored to the flight's caller and to those that have joined it."""
-        entry, events = found[0], self.events
-        if events.observer is None:
-            events.counts[kind] += 1
-        else:
-            events.emit(kind, flight.call.key)
-        events.saved["seconds"] += entry[3]
+        entry, value = found
+        self.events.served(kind, flight.call.key, entry.compute_seconds)
         if kind == "hit" and self.near is not None:
-            self.stored.keep_near(flight, entry, found[1])
-        results[flight.index] = found[1]
+            self.stored.keep_near(flight, entry, value)
+        results[flight.index] = value
         if flight.interest == 1:
             flight.outcome = NO_OUTCOME
             flight.flights.remove(flight)
         else:
             flight.end(Outcome(entry.json))
 
-    def _begin_plan(
-        self, flights: Flights, plan: Plan, led: list[Flight], awaited: dict[int, Flight], *, skip_write: bool
+    async def _take_all(
+        self, awaited: dict[int, Flight], calls: Sequence[Call], results: list[Any], around: Sequence[Computation]
     ) -> None:
-        """Begin to compute what is planned; put what is to be waited for into `awaited`."""
-        if plan.behind:
-            self.computations.begin_refresh(flights, plan.behind, in_call=False)
-        if plan.in_call:
-            refreshes = self.computations.begin_refresh(flights, plan.in_call, in_call=True)
-            awaited.update({flight.index: refresh for flight, refresh in refreshes.items()})
-            led.extend(refreshes.values())
-        if plan.missing:
-            instead = self.computations.begin_missing(flights, plan.missing, plan.fallbacks, skip_write=skip_write)
-            awaited.update({flight.index: instead.get(flight, flight) for flight in plan.missing})
-
-    async def _take_all(self, awaited: dict[int, Flight], led: list[Flight], results: list[Any]) -> None:
         """Wait for flights and take their results; `MISSED` stays where a call must begin anew."""
-        around = active_computations.get()
         if around:
             around[-1].waits_for.update(awaited.values())
         failed: BaseException | None = None
-        mine = set(led)
         try:
             for index, flight in awaited.items():
                 outcome = flight.outcome or await flight.wait()
                 if outcome.error is not None:
                     failed = failed or outcome.error.with_traceback(outcome.value)
-                elif flight in mine and outcome.own is not MISSED:
+                elif outcome.own is not MISSED and flight.call is calls[index]:
+                    # A flight of this call, which no other caller has begun.
                     results[index] = outcome.own
-                elif outcome.kind == "shared" or (outcome.kind == "private" and flight in mine):
+                elif outcome.kind == "shared" or (outcome.kind == "private" and flight.call is calls[index]):
                     results[index] = self._own_copy(flight, outcome)
                 elif outcome.kind == "absent":
                     results[index] = ABSENT
@@ -333,14 +366,14 @@ class Cache:
 
     def _after_fork_in_child(self) -> None:
         # The loops are the parent's, and its flights never end here. Held, since a task that is dropped complains.
-        _of_parent.append((self._flights, self._last))
-        self._flights, self._last = {}, None
-        self.computations.forget_under_way()
+        _of_parent.append((self._flights, self._last, self._computed))
+        self._flights, self._last, self._computed = {}, None, {}
+        self._lock = threading.Lock()
 
 
-def _end_reading(led: Sequence[Flight], error: BaseException) -> None:
+def _end_reading(led: Mapping[int, Flight], error: BaseException) -> None:
     outcome = failure(error) if isinstance(error, Exception) else NO_OUTCOME
-    for flight in led:
+    for flight in led.values():
         if flight.computation is None:
             flight.end(outcome)
 

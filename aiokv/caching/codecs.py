@@ -1,5 +1,6 @@
 """Steps between a result's JSON and what is stored: compression and encryption. Pure."""
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -190,7 +191,8 @@ def check_codecs(codec: Codec | Sequence[Codec] | None) -> tuple[Codec, ...]:
         The steps, in order.
 
     Raises:
-        ConfigurationError: One has no `name`, `required`, `encode` or `decode`, a name has a `+`, or two have the same.
+        ConfigurationError: One has no `name`, `required`, `encode` or `decode`, a name has a `+`, two have the same, or
+            `Encrypted` is not the last.
     """
     given: Any = codec
     if given is None:
@@ -214,7 +216,17 @@ def check_codecs(codec: Codec | Sequence[Codec] | None) -> tuple[Codec, ...]:
         raise ConfigurationError(f"codecs must have names of ASCII characters without '+', not {names}")
     if len(set(names)) < len(names):
         raise ConfigurationError(f"codecs must have different names, not {names}")
+    _check_order(steps)
     return tuple(steps)
+
+
+def _check_order(steps: Sequence[Any]) -> None:
+    for step, after in itertools.pairwise(steps):
+        if isinstance(step, Encrypted):
+            raise ConfigurationError(
+                f"Encrypted must be the last codec, and {type(after).__name__} comes after it: what that does would not be "
+                "authenticated, and encrypted data cannot be compressed; write codec=[..., Encrypted(key)]"
+            )
 
 
 def _describe(number: object) -> str:

@@ -5,9 +5,8 @@ import contextlib
 import copy
 import logging
 import time
-import weakref
 from asyncio import get_running_loop
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from aiokv import clock
@@ -25,7 +24,7 @@ from aiokv.caching.flights import (
     is_elsewhere,
     waits_for_itself,
 )
-from aiokv.caching.generations import Backoff, Place
+from aiokv.caching.generations import Backoff
 from aiokv.caching.keys import KeyMaker
 from aiokv.caching.options import CacheOptions
 from aiokv.caching.results import ResultCodec
@@ -33,12 +32,31 @@ from aiokv.caching.stored import MAX_BEHIND, Computed, Found, StoredResults
 
 logger = logging.getLogger("aiokv")
 
+# Spares a call of the Python function that makes a `NamedTuple`.
+_new: Any = tuple.__new__
 _MAX_PAUSE_SECONDS = 1.0
 _LEVELS_ON_ONE_STACK = 8
 
 # For callers that wait; behind callers that have been served; in the call of one that could have been served.
 Role = Literal["front", "behind", "in_call"]
 Compute = Callable[[Sequence[Call]], Awaitable[Sequence[Any]]]
+
+
+class Plan:
+    """What is to be computed for the flights of one call."""
+
+    __slots__ = ("behind", "fallbacks", "in_call", "missing", "skip_write")
+
+    def __init__(self) -> None:
+        # Flights whose callers wait for it, and what may be served for these where the function fails.
+        self.missing: list[Flight] = []
+        self.fallbacks: dict[Flight, Found] = {}
+        # Flights that have been served, with what was served, and the call to make behind their callers.
+        self.behind: list[tuple[Flight, Found, Call]] = []
+        # Likewise, for callers that wait all the same.
+        self.in_call: list[tuple[Flight, Found, Call]] = []
+        # Whether the store is known to fail.
+        self.skip_write = False
 
 
 class Computations:
@@ -73,45 +91,53 @@ class Computations:
         self._events = events
         self._stored = stored
         self._generations = stored.generations
-        # Computations that callers wait for, of all loops of the process.
-        self._under_way: weakref.WeakValueDictionary[Place, Flight] = weakref.WeakValueDictionary()
 
-    def begin_missing(
-        self, flights: Flights, missing: Sequence[Flight], fallbacks: Mapping[Flight, Found], *, skip_write: bool
-    ) -> dict[Flight, Flight]:
-        """Begin to compute what the store could not serve, but for what is computed behind callers already.
+    def begin_plan(self, flights: Flights, plan: Plan, awaited: dict[int, Flight]) -> None:
+        """Begin to compute what is planned, unless that has begun.
 
         Args:
             flights: Those of the running loop.
-            missing: The flights.
-            fallbacks: What may be served where the function fails.
-            skip_write: Whether the store is known to fail.
-
-        Returns:
-            Those that are computed behind callers, to be waited for instead.
+            plan: What is to be computed.
+            awaited: Where to put what is to be waited for, by the places of the calls.
         """
+        if plan.behind:
+            self._begin_refresh(flights, plan.behind, in_call=False)
+        if plan.in_call:
+            refreshes = self._begin_refresh(flights, plan.in_call, in_call=True)
+            awaited.update({flight.index: refresh for flight, refresh in refreshes.items()})
+        if plan.missing:
+            self._begin_missing(flights, plan, awaited)
+
+    def _begin_missing(self, flights: Flights, plan: Plan, awaited: dict[int, Flight]) -> None:
+        """Begin to compute what the store could not serve, but for what is computed behind callers already."""
         begun: list[Flight] = []
-        instead: dict[Flight, Flight] = {}
-        for flight in missing:
-            self._events.emit("miss", flight.call.key)
-            behind = flights.background.get(flight.call.key) if flights.background else None
+        for flight in plan.missing:
+            key = flight.call[0]
+            self._events.emit("miss", key)
+            behind = flights.background.get(key) if flights.background else None
             if behind is not None and self._may_join(behind):
                 behind.interest += 1
-                instead[flight] = behind
+                awaited[flight.index] = behind
                 flight.end(NO_OUTCOME)
                 continue
-            other = self._under_way.setdefault(flight.place, flight)
+            awaited[flight.index] = flight
+            other = flights.computed.setdefault(key, flight)
             if other is not flight and is_elsewhere(other, get_running_loop()) and self._may_join(other):
                 computation = Computation([flight])
-                work = self._compute_elsewhere(computation, other, fallbacks, skip_write=skip_write)
-                computation.task = flights.run(work, flight.call.key, [flight])
+                work = self._compute_elsewhere(computation, other, plan.fallbacks, skip_write=plan.skip_write)
+                computation.task = flights.run(work, key, [flight])
             else:
-                self._under_way[flight.place] = flight
+                flights.computed[key] = flight
                 begun.append(flight)
-        self.begin(flights, begun, fallbacks, skip_write=skip_write)
-        return instead
+        self.begin(flights, begun, plan.fallbacks, plan.skip_write)
 
-    def begin(self, flights: Flights, begun: Sequence[Flight], fallbacks: Mapping[Flight, Found], *, skip_write: bool) -> None:
+    def begin(
+        self,
+        flights: Flights,
+        begun: Sequence[Flight],
+        fallbacks: Mapping[Flight, Found],
+        skip_write: bool,  # noqa: FBT001 (one for each miss, so by position)
+    ) -> None:
         """Begin to compute, in tasks of their own.
 
         Args:
@@ -122,22 +148,13 @@ class Computations:
         """
         for part in self._batches(begun):
             computation = Computation(part)
-            work = self._compute(computation, fallbacks, skip_write=skip_write)
-            computation.task = flights.run(work, part[0].call.key, part)
+            work = self._compute(computation, fallbacks, skip_write)
+            computation.task = flights.run(work, part[0].call[0], part)
 
-    def begin_refresh(
+    def _begin_refresh(
         self, flights: Flights, due: Sequence[tuple[Flight, Found, Call]], *, in_call: bool
     ) -> dict[Flight, Flight]:
-        """Begin to compute anew what has just been served, unless that has begun.
-
-        Args:
-            flights: Those of the running loop.
-            due: What was served, and the call to make for it.
-            in_call: Whether the callers wait for it.
-
-        Returns:
-            The new flights by the old ones.
-        """
+        """Begin to compute anew what has just been served, unless that has begun; return the new flights by the old ones."""
         begun: dict[Flight, Found] = {}
         instead: dict[Flight, Flight] = {}
         for flight, found, call in due:
@@ -162,10 +179,6 @@ class Computations:
         computed = [await self.compute(calls)] if len(parts) == 1 else await asyncio.gather(*map(self.compute, parts))
         return [value for values in computed for value in values]
 
-    def forget_under_way(self) -> None:
-        """Forget what callers of the parent process wait for."""
-        self._under_way = weakref.WeakValueDictionary()
-
     def copied(self, call: Call) -> Call | None:
         """Return a call with copies of what its caller could change while it is computed behind it, or None.
 
@@ -177,26 +190,39 @@ class Computations:
         copies = self._keys.copies(call.args, call.kwargs)
         return None if copies is None else call._replace(args=copies[0], kwargs=copies[1])
 
-    async def _compute(
-        self, computation: Computation, fallbacks: Mapping[Flight, Found], *, skip_write: bool, role: Role = "front"
+    async def _compute(  # noqa: C901 (one computation from top to bottom)
+        self,
+        computation: Computation,
+        fallbacks: Mapping[Flight, Found],
+        skip_write: bool,  # noqa: FBT001 (one for each miss, so by position)
+        role: Role = "front",
     ) -> None:
         """Run the function, store what it returns, and end the flights whatever happens."""
-        computation.task = asyncio.current_task()
-        around = [one for one in active_computations.get() if one.task is not None and not one.task.done()]
+        if computation.task is None:
+            # Of an eager task, or in that of a refresh.
+            computation.task = asyncio.current_task()
+        around = active_computations.get()
+        if around:
+            around = tuple(one for one in around if one.task is not None and not one.task.done())
         active_computations.set((*around, computation))
         batch = computation.flights
         try:
             self._results.resolve()
+            if len(around) % _LEVELS_ON_ONE_STACK == _LEVELS_ON_ONE_STACK - 1:
+                # Where tasks are eager, nested computations share a stack, which has an end. This begins a new one.
+                await asyncio.sleep(0)
             try:
                 computed = await self._run(batch)
             except self._options.error_types as error:
                 self._fall_back(batch, fallbacks, error, role)
             else:
-                # Where every caller has left, and the function went on in spite of its cancellation, nothing is stored.
-                if any(flight.outcome is None for flight in batch):
-                    # The callers may leave now; the results are stored all the same.
-                    computation.is_uncancellable = True
-                    await self._stored.commit(batch, computed, skip_write=skip_write)
+                for flight in batch:
+                    # Where every caller has left, and the function went on in spite of its cancellation, nothing is stored.
+                    if flight.outcome is None:
+                        # The callers may leave now; the results are stored all the same.
+                        computation.is_uncancellable = True
+                        await self._stored.commit(batch, computed, skip_write=skip_write)
+                        break
         except BaseException as error:
             if role != "front" and isinstance(error, Exception):
                 self._fall_back(batch, fallbacks if role == "in_call" else {}, error, role)
@@ -206,20 +232,24 @@ class Computations:
                 raise
 
     async def _run(self, batch: Sequence[Flight]) -> Computed:
-        if len(active_computations.get()) % _LEVELS_ON_ONE_STACK == 0:
-            # Where tasks are eager, nested computations share a stack, which has an end. This begins a new one.
-            await asyncio.sleep(0)
-        calls = [flight.call for flight in batch]
-        unchanged = [self._is_unchanged(call) for call in calls]
+        calls: list[Call] = []
+        unchanged: list[bool] = []
+        for flight in batch:
+            call = flight.call
+            calls.append(call)
+            unchanged.append(call[1] or self._is_unchanged(call))
         started, timer = clock.now(), time.perf_counter()
         values = await self.compute(calls)
-        seconds = (time.perf_counter() - timer) / len(batch)
-        unchanged = [before and self._is_unchanged(call) for before, call in zip(unchanged, calls, strict=True)]
-        for flight, value in zip(batch, values, strict=True):
+        seconds = (time.perf_counter() - timer) / len(calls)
+        for index, flight in enumerate(batch):
+            call = flight.call
+            if unchanged[index] and not call[1]:
+                unchanged[index] = self._is_unchanged(call)
             self.backoff.succeeded(flight.place)
-            if value is not ABSENT and flight.outcome is None:
-                self._events.emit("computed", flight.call.key, seconds)
-        return Computed(values, unchanged, started, clock.now(), seconds)
+            if flight.outcome is None and values[index] is not ABSENT:
+                self._events.emit("computed", call[0], seconds)
+        computed: Computed = _new(Computed, (values, unchanged, started, clock.now(), seconds))
+        return computed
 
     async def _compute_elsewhere(
         self, computation: Computation, other: Flight, fallbacks: Mapping[Flight, Found], *, skip_write: bool
@@ -240,7 +270,7 @@ class Computations:
             raise
         except Exception as error:  # noqa: BLE001 (a class of the program's may fail in its own way)
             logger.debug("a result of another event loop cannot be copied: %s", type(error).__name__)
-        await self._compute(computation, fallbacks, skip_write=skip_write)
+        await self._compute(computation, fallbacks, skip_write)
 
     def _fall_back(self, batch: Sequence[Flight], fallbacks: Mapping[Flight, Found], error: Exception, role: Role) -> None:
         """End flights whose computation has failed with what is stored, where that may still be served."""
@@ -254,13 +284,13 @@ class Computations:
             if role != "front" or found is not None:
                 self.backoff.failed(flight.place, clock.monotonic())
             # A caller that was to be served when it began to compute is served now.
-            if found is None or (found.entry.fresh_until <= oldest and role != "in_call"):
+            if found is None or (found[0].fresh_until <= oldest and role != "in_call"):
                 flight.end(failure(error))
                 continue
             if role == "front":
                 self._events.emit("stale_on_error", flight.call.key)
                 self._events.computation_failed(self._keys.prefix, error)
-            flight.end(Outcome(found.entry.json))
+            flight.end(Outcome(found[0].json))
 
     async def _refresh(self, begun: Mapping[Flight, Found], *, in_call: bool) -> None:
         """Compute anew, unless another process has been faster or is at it: looking costs less than computing."""
@@ -275,12 +305,12 @@ class Computations:
             older: dict[Flight, Found] = {}
             for flight, seen in begun.items():
                 found = self._stored.decode(flight.place, texts.get(flight.call.key))
-                if found is not None and found.entry.started > seen.entry.started:
-                    self._stored.keep_near(flight, found.entry, found.value)
-                    flight.end(Outcome(found.entry.json, own=found.value))
+                if found is not None and found[0].started > seen[0].started:
+                    self._stored.keep_near(flight, *found)
+                    flight.end(Outcome(found[0].json, own=found[1]))
                 else:
                     older[flight] = found or seen
-            lasted = {flight.call.key: found.entry.compute_seconds for flight, found in older.items()}
+            lasted = {flight.call.key: found[0].compute_seconds for flight, found in older.items()}
             if not lasted:
                 return
             claim = await flights.access.claim(store, {} if store_failed else lasted, self._options.read_timeout)
@@ -291,7 +321,7 @@ class Computations:
                     computation = Computation(part)
                     computation.is_uncancellable = not in_call
                     role: Role = "in_call" if in_call else "behind"
-                    await self._compute(computation, older, skip_write=store_failed, role=role)
+                    await self._compute(computation, older, store_failed, role)
             pause = max((seconds for key, seconds in lasted.items() if key not in claimed), default=0.0)
             if pause and not in_call:
                 # Until the others are likely to be done, there is no use in asking again.
@@ -300,7 +330,7 @@ class Computations:
             logger.debug("refreshing results of %s failed: %s", self._keys.prefix, type(error).__name__)
         finally:
             for flight, found in begun.items():
-                flight.end(Outcome(found.entry.json) if in_call else NO_OUTCOME)
+                flight.end(Outcome(found[0].json) if in_call else NO_OUTCOME)
 
     def _may_join(self, flight: Flight) -> bool:
         is_free = flight.outcome is None and self._generations.is_current(flight.place, flight.generation)
@@ -310,15 +340,14 @@ class Computations:
         under_way = flight.flights.by_key.get(flight.call.key)
         return flight.may_land(self._generations) and (under_way is None or under_way.computation is None)
 
-    def _batches(self, flights: Sequence[Flight]) -> Iterator[Sequence[Flight]]:
-        size = self._batch_size or len(flights)
-        for start in range(0, len(flights), size or 1):
-            yield flights[start : start + size]
+    def _batches(self, flights: Sequence[Flight]) -> Sequence[Sequence[Flight]]:
+        size = self._batch_size
+        if size is None or len(flights) <= size:
+            return (flights,) if flights else ()
+        return [flights[start : start + size] for start in range(0, len(flights), size)]
 
     def _is_unchanged(self, call: Call) -> bool:
-        """Return whether the arguments are still those that the key was made of."""
-        if call.is_settled:
-            return True
+        """Return whether arguments that can change are still those that the key was made of."""
         with contextlib.suppress(Exception):
             # Else they have changed into something that has no key.
             return self._keys(call.args, call.kwargs) == call.key

@@ -1,8 +1,15 @@
-"""One timer for many waits of one length: a timer for each would cost more than a look into the near cache."""
+"""One timer for many waits of one length: a timer for each would cost more than a look into the near cache.
+
+A wait begins where a coroutine suspends for the first time: a store that answers at once needs no deadline.
+"""
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+import types
+from asyncio import current_task
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Alarm:
@@ -13,11 +20,12 @@ class Alarm:
         ring: The function.
     """
 
-    __slots__ = ("_deadline", "ring")
+    __slots__ = ("_deadline", "has_rung", "ring")
 
     def __init__(self, deadline: "SharedDeadline", ring: Callable[[], None]) -> None:
         self._deadline = deadline
         self.ring = ring
+        self.has_rung = False
         deadline.watch_for(self, 0)
 
     def stop(self) -> None:
@@ -47,7 +55,7 @@ class SharedDeadline:
         Returns:
             The running task, for `end`; None where it is bound already, as by a store that calls a cached function itself.
         """
-        task = asyncio.current_task(self.loop)
+        task = current_task(self.loop)
         if task is None:
             raise RuntimeError("a wait can be bounded inside a task only")
         if task in self.waiting:
@@ -89,7 +97,32 @@ class SharedDeadline:
                 break
             del self.waiting[waiting]
             if isinstance(waiting, Alarm):
+                waiting.has_rung = True
                 waiting.ring()
             else:
                 self._expired[waiting] = cancelling
                 waiting.cancel()
+
+
+@types.coroutine
+def go_on(work: Coroutine[Any, Any, T], suspended: Any) -> Generator[Any, Any, T]:
+    """Await a coroutine whose first step has been taken, by `work.send(None)`.
+
+    Args:
+        work: The coroutine.
+        suspended: What that step returned.
+
+    Returns:
+        The result of the coroutine.
+    """
+    try:
+        while True:
+            try:
+                sent = yield suspended
+            except BaseException as error:  # noqa: BLE001 (the coroutine's)
+                suspended = work.throw(error)
+            else:
+                suspended = work.send(sent)
+    except StopIteration as done:
+        result: T = done.value
+        return result

@@ -4,7 +4,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
-from aiokv.caching.binding import CachedCallable, check_coroutine_function
+from aiokv import clock
+from aiokv.caching.binding import CachedCallable, check_coroutine_function, make_cached
 from aiokv.caching.codecs import Codec, check_codecs
 from aiokv.caching.events import CacheEvent
 from aiokv.caching.flights import Call
@@ -16,7 +17,7 @@ from aiokv.caching.peeked import Peeked
 from aiokv.caching.shipping import Recipe
 from aiokv.store import AsyncKVStore
 
-_new_object: Any = object.__new__
+_get_mode = cache_mode.get
 P = ParamSpec("P")
 P2 = ParamSpec("P2")
 R = TypeVar("R")
@@ -31,63 +32,68 @@ class _TakesInstance(Protocol[S_contra, P2, R_co]):
 class CachedFunction(CachedCallable, Generic[P, R]):
     """A coroutine function whose results are shared through a store; made by `kv_cached`."""
 
-    __slots__ = ("_near",)
+    __slots__ = ()
 
     decorator_name = "kv_cached"
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        self._near = self._cache.near
-
-    def bound_to(self, instance: object) -> Self:
-        """Bind; see `CachedCallable.bound_to`."""
-        if self._bound:
-            return self
-        # Written out, since each call of a method passes here.
-        bound: Self = _new_object(type(self))
-        bound.__dict__ = self.__dict__
-        bound._cache = self._cache
-        bound._near = self._near
-        bound._stand_in = self._stand_in
-        bound._bound = (instance,)
-        return bound
-
-    async def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:  # noqa: C901 (one call from top to bottom)
         """Return the result of a call, cached or computed."""
+        quick = self._quick
+        if quick is not None and not kwargs:
+            # What `NearView.quick_hit` does, written out: a call of it would cost as much as the rest of a hit.
+            try:
+                slot = quick(args)
+            except TypeError:
+                # An argument is not hashable.
+                slot = None
+            if slot is not None and _get_mode() == "use":
+                kinds = slot.kinds
+                if type(args[0]) is kinds or kinds == tuple(map(type, args)):
+                    json, value = slot.json, slot.value
+                    if clock.monotonic() < slot.until:
+                        slot.visited = True
+                        slot.counts["near_hit"] += 1
+                        if json is None:
+                            return value  # type: ignore[no-any-return]
+                        result: R = self._cache.near.load(slot, json)  # type: ignore[union-attr]
+                        if result is not MISSED:
+                            return result
+        cache = self._cache
+        near = cache.near
         arguments = (*self._bound, *args) if self._bound else args
-        if self._near is not None:
-            result: R = self._near.quick_hit(arguments, kwargs)
+        if near is not None and (quick is None or kwargs or len(args) != near.direct_count):
+            result = near.quick_hit(arguments, kwargs)
             if result is not MISSED:
                 return result
         mode = cache_mode.get()
-        cache = self._cache
         if mode == "bypass":
             return await cache.function(*arguments, **kwargs)  # type: ignore[no-any-return]
         call = cache.call(arguments, kwargs)
         store = cache.stores.fixed or cache.stores.of(arguments, kwargs)
-        if self._near is not None and mode == "use":
-            result = self._near.get((cache.flights_of(store).target, call.key))
+        if near is not None and mode == "use":
+            result = near.get((cache.flights_of(store).target, call.key))
             if result is not MISSED:
                 return result
         (result,) = await cache.read_through(store, (call,), mode)
         return result
 
-    @overload
-    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    if TYPE_CHECKING:
 
-    # A method whose `self` is positional-only; see `Decorator`.
-    @overload
-    def __get__(
-        self: "_TakesInstance[S_contra, P2, R_co]", instance: S_contra, owner: type | None = None
-    ) -> "CachedFunction[P2, R_co]": ...
+        @overload
+        def __get__(self, instance: None, owner: type | None = None) -> Self: ...
 
-    # A static method, whose first parameter takes no instance.
-    @overload
-    def __get__(self, instance: object, owner: type | None = None) -> Self: ...
+        # A method whose `self` is positional-only; see `Decorator`.
+        @overload
+        def __get__(
+            self: "_TakesInstance[S_contra, P2, R_co]", instance: S_contra, owner: type | None = None
+        ) -> "CachedFunction[P2, R_co]": ...
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        """Bind to an instance, as a function in a class does."""
-        return self if instance is None else self.bound_to(instance)
+        # A static method, whose first parameter takes no instance.
+        @overload
+        def __get__(self, instance: object, owner: type | None = None) -> Self: ...
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            """Bind to an instance, as a function in a class does."""
 
     def key(self, /, *args: P.args, **kwargs: P.kwargs) -> str:
         """Return the key that a call's result is stored under.
@@ -130,7 +136,7 @@ class CachedFunction(CachedCallable, Generic[P, R]):
             **kwargs: Likewise.
 
         Raises:
-            TypeError: The value would come back changed.
+            TypeError: Values of this type would come back changed.
             ValueError: The value cannot be stored.
             CallError: The value is not known to be stored.
         """
@@ -145,7 +151,8 @@ class CachedFunction(CachedCallable, Generic[P, R]):
                 storing an older result, which may be served until that has ended.
         """
         store, call = self._call(args, kwargs)
-        await invalidate(self._cache, store, (call,))
+        for error in (await invalidate(self._cache, store, (call,))).values():
+            raise error
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AsyncKVStore, Call]:
         self._check_binding()
@@ -279,12 +286,15 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
     Args:
         ttl: How long a result is fresh, from 1 second to 30 days, counted from the end of its computation; or a function of
             the result that returns this. Of a function, None, 0 or less means not to store it, and over 30 days means 30 days.
-        store: Where results live: a store, or a function that gives it (from the instance, for methods); None takes
-            `default_store()`.
+        store: Where results live: a store, or a function that returns one; None takes `default_store()`. The function gets
+            those arguments of the call that its parameters name, defaults applied. Where it has a single parameter of another
+            name, it gets the call's first argument: of a method the instance, whatever it is called. Its parameters with
+            defaults are left to it.
         db_name: A namespace of the default configuration, where `store` is not given.
-        key: Returns what identifies a call, from its arguments, in place of them.
+        key: Returns what identifies a call, in place of its arguments. It gets all of them, defaults applied: by position as
+            far as it takes them, the rest by name.
         ignore: Parameters that do not count, such as `self` or a session.
-        vary: Returns what a call depends on beside its arguments, such as a tenant.
+        vary: Returns what a call depends on beside its arguments, such as a tenant; called as `key` is.
         prefix: The readable beginning of keys; None takes module and qualified name.
         version: Pins the keys. None takes the fingerprint of the function's own source, so that a changed body is computed
             anew. Functions that it calls are not looked at: where these change, pass another version. Two functions of one
@@ -315,8 +325,10 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
         checkers take functions whose first parameter is named `self` or `cls` for methods.
 
     Raises:
-        TypeError: What is decorated is no coroutine function, or an option is of another type.
+        TypeError: What is decorated is no coroutine function, an option is of another type, or `key`, `vary` or `store` is a
+            function that cannot take the arguments.
         ValueError: An option is not acceptable, or a local function has no `key`.
+        ConfigurationError: A step in `codec` is not usable, or `Encrypted` is not the last.
     """
     options = CacheOptions(
         ttl=ttl,
@@ -352,7 +364,7 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
             keys={"prefix": prefix, "version": version, "ignore": ignored, "key": key, "vary": vary},
             returns=returns,
         )
-        cached: CachedFunction[..., Any] = CachedFunction(recipe)
+        cached: CachedFunction[..., Any] = make_cached(CachedFunction, recipe)
         return CachedClassMethod(cached) if isinstance(decorated, classmethod) else cached
 
     return decorate

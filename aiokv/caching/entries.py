@@ -5,7 +5,6 @@ applied, joined by `+`. After the line break follows the result's JSON, or base8
 """
 
 import base64
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -15,6 +14,7 @@ from aiokv.caching.results import NotStorable
 
 FORMAT_VERSION: Final = 2
 
+_WITH_LINE_BREAK: Final = orjson.OPT_APPEND_NEWLINE
 _NUMBERS = frozenset({int, float})
 
 
@@ -35,10 +35,10 @@ class Entry(NamedTuple):
 
 
 # Faster than Entry(...), which runs a function of Python.
-_make_entry: Any = partial(tuple.__new__, Entry)
+_new_entry: Any = tuple.__new__
 
 
-def pack(entry: Entry, *, namespace: str, key: str, schema: str, codecs: tuple[Codec, ...]) -> str:
+def pack(entry: Entry, namespace: str, key: str, schema: str, codecs: tuple[Codec, ...]) -> str:
     """Make the text that is stored.
 
     Args:
@@ -65,11 +65,11 @@ def pack(entry: Entry, *, namespace: str, key: str, schema: str, codecs: tuple[C
                 data = changed
                 applied = f"{applied}+{codec.name}" if applied else codec.name
         json = base64.b85encode(data) if applied else data
-    head = orjson.dumps([FORMAT_VERSION, key, schema, started, fresh_until, compute_seconds, applied])
-    return f"{head.decode()}\n{json.decode() if isinstance(json, bytes) else json}"
+    head = orjson.dumps([FORMAT_VERSION, key, schema, started, fresh_until, compute_seconds, applied], None, _WITH_LINE_BREAK)
+    return (head + (json if isinstance(json, bytes) else json.encode())).decode()
 
 
-def unpack(text: str, *, namespace: str, key: str, schema: str, codecs: tuple[Codec, ...]) -> Entry | None:  # noqa: PLR0911 (one for each check)
+def unpack(text: str, namespace: str, key: str, schema: str, codecs: tuple[Codec, ...]) -> Entry | None:  # noqa: PLR0911 (one for each check)
     """Read what is stored.
 
     Args:
@@ -92,12 +92,15 @@ def unpack(text: str, *, namespace: str, key: str, schema: str, codecs: tuple[Co
         return None
     if own_key != key or version != FORMAT_VERSION or own_schema != schema or type(version) is not int:
         return None
-    if type(started) not in _NUMBERS or type(fresh_until) not in _NUMBERS or type(compute_seconds) not in _NUMBERS:
+    kinds_are_equal = type(started) is type(fresh_until) is type(compute_seconds)
+    if not (kinds_are_equal and type(started) is float) and not _NUMBERS.issuperset(
+        (type(started), type(fresh_until), type(compute_seconds))
+    ):
         return None
     if compute_seconds < 0:
         return None
     if applied == "" and not codecs:
-        return _make_entry((payload, started, fresh_until, compute_seconds))  # type: ignore[no-any-return]
+        return _new_entry(Entry, (payload, started, fresh_until, compute_seconds))  # type: ignore[no-any-return]
     if type(applied) is not str:
         return None
     claims = [FORMAT_VERSION, namespace, key, schema, started, fresh_until, compute_seconds]

@@ -102,6 +102,14 @@ class Events:
             except Exception:
                 logger.exception("the observer of cached calls failed")
 
+    def served(self, kind: EventKind, key: str, compute_seconds: float) -> None:
+        """Count a result that came from the store, and the time that its computation took."""
+        if self.observer is None:
+            self.counts[kind] += 1
+        else:
+            self.emit(kind, key)
+        self.saved["seconds"] += compute_seconds
+
     def not_stored(self, key: str, name: str, reason: str) -> None:
         """Count a result that cannot be stored; log each reason once."""
         self.emit("not_stored", key)

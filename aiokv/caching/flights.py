@@ -84,6 +84,7 @@ class Flight:
     """
 
     # Most flights end without these.
+    is_decisive = False
     outcome: Outcome | None = None
     computation: "Computation | None" = None
     # The computation whose code reads the store for this flight.
@@ -108,7 +109,8 @@ class Flight:
         self.place: Place = (flights.target, call[0])
         self.generation = generation
         self.index = index
-        self.is_decisive = is_decisive
+        if is_decisive:
+            self.is_decisive = True
 
     def may_land(self, generations: Generations) -> bool:
         """Return whether the result may still be stored and kept."""
@@ -116,15 +118,14 @@ class Flight:
             return generations.is_latest(self.place, self.generation)
         return generations.is_current(self.place, self.generation)
 
-    def begin_write(self, generations: Generations) -> bool:
-        """Return whether the result may be stored, and keep older ones from that."""
-        return generations.begin(self.place, self.generation) if self.is_decisive else self.may_land(generations)
-
     def end(self, outcome: Outcome) -> None:
         """Let the callers go on, and the next call begin a flight of its own; a second end is ignored."""
-        self.flights.remove(self)
         if self.outcome is not None:
             return
+        flights = self.flights
+        flights.remove(self)
+        if flights.computed.get(self.call[0]) is self:
+            flights.computed.pop(self.call[0], None)
         self.outcome = outcome
         if self._waiters is not None:
             for waiter in self._waiters:
@@ -137,7 +138,7 @@ class Flight:
     async def wait(self) -> Outcome:
         """Wait for the outcome."""
         if self.outcome is None:
-            waiter = get_running_loop().create_future()
+            waiter = self.flights.access.loop.create_future()
             if self._waiters is None:
                 self._waiters = {}
             self._waiters[waiter] = None
@@ -145,15 +146,14 @@ class Flight:
                 await waiter
             finally:
                 del self._waiters[waiter]
-        return NO_OUTCOME if self.outcome is None else self.outcome
+        return self.outcome or NO_OUTCOME
 
-    def leave(self) -> "asyncio.Task[Any] | None":
-        """Give up waiting; return the task of the computation if nobody is left and it has been cancelled for that."""
-        self.interest -= 1
+    def cancel(self) -> "asyncio.Task[Any] | None":
+        """Cancel the computation unless somebody wants it; return its task if it has been cancelled."""
         computation = self.computation
-        if self.interest or self.outcome is not None or computation is None or computation.is_uncancellable:
+        if computation is None or computation.is_uncancellable or computation.task is None:
             return None
-        if any(flight.interest for flight in computation.flights) or computation.task is None:
+        if any(flight.interest for flight in computation.flights):
             return None
         for flight in computation.flights:
             # Where the function goes on in spite of the cancellation, nobody gets what it brings.
@@ -193,7 +193,7 @@ class Flight:
                 await asyncio.wait([ended], timeout=_LOOK_SECONDS)
         finally:
             with contextlib.suppress(RuntimeError):
-                its_loop.call_soon_threadsafe(self.leave)
+                its_loop.call_soon_threadsafe(leave_all, [self])
         return NO_OUTCOME if self.outcome is None else self.outcome
 
 
@@ -221,11 +221,13 @@ class Flights:
 
     Args:
         access: The way to the store.
+        computed: Flights of all loops of the process whose callers wait for a computation, at this function and target.
     """
 
-    def __init__(self, access: StoreAccess) -> None:
+    def __init__(self, access: StoreAccess, computed: dict[str, Flight]) -> None:
         self.access = access
         self.target = access.target
+        self.computed = computed
         self.by_key: dict[str, Flight] = {}
         # Computations behind callers. A call that finds nothing to serve joins them.
         self.background: dict[str, Flight] = {}
@@ -240,7 +242,7 @@ class Flights:
 
     def remove(self, flight: Flight) -> None:
         """Let the next call of the key begin a flight of its own."""
-        key = flight.call.key
+        key = flight.call[0]
         # By identity: another flight may have taken the place.
         if self.by_key.get(key) is flight:
             del self.by_key[key]
@@ -249,7 +251,7 @@ class Flights:
 
     def run(self, work: Coroutine[Any, Any, T], name: str, batch: Sequence[Flight] = ()) -> "asyncio.Task[T]":
         """Run a coroutine in a task of its own, which outlives any one caller, and ends these flights at the latest."""
-        task = asyncio.create_task(work, name=name)
+        task = self.access.loop.create_task(work, name=name)
         # With eager tasks it may have ended already.
         if task.done():
             return task
@@ -258,8 +260,9 @@ class Flights:
         def ended(task: "asyncio.Task[T]") -> None:
             self.tasks.discard(task)
             for flight in batch:
-                # Of a task that was cancelled before it began.
-                flight.end(NO_OUTCOME)
+                if flight.outcome is None:
+                    # Of a task that was cancelled before it began.
+                    flight.end(NO_OUTCOME)
 
         task.add_done_callback(ended)
         return task
@@ -289,10 +292,15 @@ def leave_all(flights: Iterable[Flight]) -> "list[asyncio.Task[Any]]":
     Returns:
         The computations that this has cancelled.
     """
-    return [task for flight in flights if (task := flight.leave()) is not None]
+    cancelled = []
+    for flight in flights:
+        flight.interest -= 1
+        if flight.outcome is None and not flight.interest and (task := flight.cancel()) is not None:
+            cancelled.append(task)
+    return cancelled
 
 
-def waits_for_itself(flight: Flight, around: tuple[Computation, ...]) -> bool:
+def waits_for_itself(flight: Flight, around: Sequence[Computation]) -> bool:
     """Return whether to wait for a flight would be to wait for the running code, at once or through other flights.
 
     Args:

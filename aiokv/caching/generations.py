@@ -169,7 +169,8 @@ class Backoff:
             place: Target and key.
             now: Monotonic seconds.
         """
-        return place in self._failures and now < self._failures[place][1]
+        # A place's hash costs more than to look whether there is any.
+        return bool(self._failures) and place in self._failures and now < self._failures[place][1]
 
     def failed(self, place: Place, now: float) -> None:
         """Note a failure.

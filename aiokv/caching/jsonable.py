@@ -23,15 +23,17 @@ class Difference(NamedTuple):
         path: The way to it, such as `.items[3]`, without keys that are data.
         reason: What differs, without the values.
         is_type: Whether the types differ there, so that no value of this type can be stored.
+        types: What came back and what was stored, where these are of two types.
     """
 
     path: str
     reason: str
     is_type: bool
+    types: tuple[type, type] | None = None
 
     def under(self, step: str) -> "Difference":
         """Return the same difference, seen from the object that holds it."""
-        return Difference(f"{step}{self.path}"[:MAX_PATH_CHARS], self.reason, self.is_type)
+        return self._replace(path=f"{step}{self.path}"[:MAX_PATH_CHARS])
 
 
 def is_native(value: object) -> bool:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from aiokv.caching.arguments import compile_call, compile_values
 from aiokv.caching.encoding import encode, is_settled, slot_names
 from aiokv.caching.fingerprint import fingerprint
 from aiokv.caching.naming import Unencodable, canonical_module
@@ -35,11 +36,12 @@ class KeyMaker:
             changed comment, layout, docstring, decorator above or annotation does not. The fingerprint ignores functions that
             the body calls, and globals that it reads: where they change, pass a version.
         ignore: Parameters that do not count.
-        key: Returns what identifies a call from its arguments, in place of them.
-        vary: Returns what a call depends on beside its arguments.
+        key: Returns what identifies a call from all its arguments, defaults applied, in place of them.
+        vary: Returns what a call depends on beside its arguments, from these.
 
     Raises:
-        TypeError: `ignore` names a parameter that the function does not have, or `version` is of another type.
+        TypeError: `ignore` names a parameter that the function does not have, `key` or `vary` cannot take the arguments, or
+            `version` is of another type.
         ValueError: The function is local and has no `key`, or the prefix is too long.
     """
 
@@ -87,16 +89,25 @@ class KeyMaker:
         self._keywords = [
             index for index, name in enumerate(self._names) if parameters[name].kind is inspect.Parameter.VAR_KEYWORD
         ]
-        self._bind = _compile_binding(function, self._signature, self._names)
+        self.values = compile_values(function, self._signature, self._names)
         self._has_more = key is not None or vary is not None
-        self._key = key
-        self._vary = vary
+        self._key = None if key is None else compile_call("key", key, function, self._signature)
+        self._vary = None if vary is None else compile_call("vary", vary, function, self._signature)
         self.leaves_out = bool(ignored) or (key is not None and bool(parameters))
         self._head = b"".join(map(encode, (_FORMAT, self.prefix, version, self._names if key is None else ())))
         self._young: dict[tuple[object, ...], str] = {}
         self._old: dict[tuple[object, ...], str] = {}
+        # How many positional arguments of a call are all that counts; and of a call of a bound form, whose first one does not.
+        self.direct_counts: tuple[int | None, int | None] = self._count_direct(parameters)
         # Returns the counted arguments, then their types. Where all types are plain, equal tuples mean the same call.
-        self.quick = _compile_binding(function, self._signature, self._names, types=True)
+        self.quick = compile_values(function, self._signature, self._names, types=True)
+
+    def _count_direct(self, parameters: Mapping[str, inspect.Parameter]) -> tuple[int | None, int | None]:
+        positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+        names, count = tuple(parameters), len(self._names)
+        if self._has_more or not count or any(parameter.kind not in positional for parameter in parameters.values()):
+            return None, None
+        return (count if self._names == names else None), (count if self._names == names[1:] else None)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """Make the key of a call.
@@ -209,7 +220,7 @@ class KeyMaker:
         return key
 
     def _values_with_more(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        values = self._bind(*args, **kwargs)
+        values = self.values(*args, **kwargs)
         if self._key is not None:
             values = (self._key(*args, **kwargs),)
         return values if self._vary is None else (*values, self._vary(*args, **kwargs))
@@ -268,32 +279,3 @@ def _keep_own_keys(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
     inner += [getattr(value, name, None) for name in slot_names(kind)]
     for each in inner:
         _keep_own_keys(each, memo, seen)
-
-
-def _compile_binding(
-    function: Callable[..., object], signature: inspect.Signature, counted: tuple[str, ...], *, types: bool = False
-) -> Callable[..., tuple[Any, ...]]:
-    """Compile a function of the same signature that returns the counted arguments, with defaults applied, and their types."""
-    type_of = "_type"
-    while type_of in signature.parameters:
-        type_of += "_"
-    defaults: dict[str, object] = {type_of: type}
-    parameters: list[str] = []
-    kinds = [parameter.kind for parameter in signature.parameters.values()]
-    for position, (name, parameter) in enumerate(signature.parameters.items()):
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.VAR_POSITIONAL not in kinds and "*" not in parameters:
-            parameters.append("*")
-        star = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" if parameter.kind is parameter.VAR_KEYWORD else ""
-        default = ""
-        if parameter.default is not parameter.empty:
-            defaults[f"_default_{position}"] = parameter.default
-            default = f"=_default_{position}"
-        parameters.append(f"{star}{name}{default}")
-        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.POSITIONAL_ONLY not in kinds[position + 1 :]:
-            parameters.append("/")
-    items = [*counted, *(f"{type_of}({name})" for name in counted if types)]
-    source = f"lambda {', '.join(parameters)}: ({''.join(f'{item}, ' for item in items)})"
-    # Python binds arguments itself, which is fastest and always right. The names come from a real signature, so eval is safe.
-    binding: Callable[..., tuple[Any, ...]] = eval(source, defaults)  # noqa: S307
-    binding.__qualname__ = function.__qualname__
-    return binding

@@ -7,7 +7,7 @@ from typing import Any
 from aiokv import clock
 from aiokv.caching.breaker import is_cancelled
 from aiokv.caching.cache import Cache
-from aiokv.caching.flights import Call, Flight, failure
+from aiokv.caching.flights import NO_OUTCOME, Call, Flight, failure
 from aiokv.caching.peeked import Peeked
 from aiokv.caching.results import NotStorable
 from aiokv.caching.stored import Computed
@@ -37,7 +37,7 @@ async def peek(cache: Cache, store: AsyncKVStore, calls: Sequence[Call]) -> dict
     now = clock.now()
     founds = {call.key: cache.stored.decode((flights.target, call.key), texts.get(call.key)) for call in calls}
     return {
-        key: Peeked(found.value, now - found.entry.started, now < found.entry.fresh_until)
+        key: Peeked(found[1], now - found[0].started, now < found[0].fresh_until)
         for key, found in founds.items()
         if found is not None
     }
@@ -70,12 +70,23 @@ async def prime(cache: Cache, store: AsyncKVStore, calls: Sequence[Call], values
     # In no map: nobody joins them.
     batch = [Flight(flights, store, call, cache.stored.supersede(flights, call.key), is_decisive=True) for call in calls]
     now = clock.now()
-    flights.run(_store_primed(cache, batch, Computed(list(values), [True] * len(batch), now, now, 0.0)), calls[0].key)
+    work = _store_primed(cache, batch, Computed(list(values), [True] * len(batch), now, now, 0.0))
+    flights.run(work, calls[0].key, batch)
     try:
         async with asyncio.timeout(_MAX_WAIT_SECONDS):
             for flight in batch:
-                if (failed := (await flight.wait()).error) is not None:
-                    raise failed
+                outcome = await flight.wait()
+                if outcome is NO_OUTCOME:
+                    # The task was cancelled before it began.
+                    raise StoreClosedError(
+                        "the cached function was closed before the result was stored",
+                        verb="set",
+                        db_name=store.db_name,
+                        key=flight.call.key,
+                        maybe_applied=False,
+                    )
+                if outcome.error is not None:
+                    raise outcome.error
     except TimeoutError as timeout:
         if isinstance(timeout, AioKVError):
             raise
@@ -84,7 +95,7 @@ async def prime(cache: Cache, store: AsyncKVStore, calls: Sequence[Call], values
         ) from None
 
 
-async def invalidate(cache: Cache, store: AsyncKVStore, calls: Sequence[Call]) -> None:
+async def invalidate(cache: Cache, store: AsyncKVStore, calls: Sequence[Call]) -> dict[str, BaseException]:
     """Delete results in the store and here; what is under way in this process is not stored.
 
     Args:
@@ -92,11 +103,11 @@ async def invalidate(cache: Cache, store: AsyncKVStore, calls: Sequence[Call]) -
         store: Their store.
         calls: The calls.
 
-    Raises:
-        CallError: A result may still be stored.
+    Returns:
+        The key of each result that may still be stored, with the error.
     """
     if not calls:
-        return
+        return {}
     flights = cache.flights_of(store)
     # At once, and not when the task begins: what is called after this is newer.
     raised = {call.key: cache.stored.supersede(flights, call.key) for call in calls}
@@ -108,15 +119,22 @@ async def invalidate(cache: Cache, store: AsyncKVStore, calls: Sequence[Call]) -
     except TimeoutError:
         for key in raised:
             cache.generations.distrust((flights.target, key), clock.now())
-        raise CallTimeoutError(
-            "the store did not answer", verb="delete", db_name=store.db_name, key=calls[0].key, attempts=1, maybe_applied=True
-        ) from None
+        return {
+            key: CallTimeoutError(
+                "the store did not answer", verb="delete", db_name=store.db_name, key=key, attempts=1, maybe_applied=True
+            )
+            for key in raised
+        }
     except asyncio.CancelledError as error:
         if is_cancelled(error) or not task.cancelled():
             raise
-        raise StoreClosedError("the cached function was closed before the result was deleted") from None
-    for failed in errors.values():
-        raise failed
+        return {
+            key: StoreClosedError(
+                "the cached function was closed before the result was deleted", db_name=store.db_name, key=key
+            )
+            for key in raised
+        }
+    return errors
 
 
 async def _store_primed(cache: Cache, batch: Sequence[Flight], computed: Computed) -> None:

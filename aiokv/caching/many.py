@@ -5,9 +5,9 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from types import CoroutineType, EllipsisType
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
-from aiokv.caching.binding import CachedCallable, check_coroutine_function
+from aiokv.caching.binding import CachedCallable, check_coroutine_function, make_cached
 from aiokv.caching.codecs import Codec, check_codecs
 from aiokv.caching.events import CacheEvent
 from aiokv.caching.flights import ABSENT, Call
@@ -18,6 +18,7 @@ from aiokv.caching.near import MISSED, NearCache
 from aiokv.caching.options import CacheOptions, Ttl
 from aiokv.caching.peeked import Peeked
 from aiokv.caching.shipping import Recipe
+from aiokv.errors import AioKVError, BatchError
 from aiokv.store import AsyncKVStore
 from aiokv.target import Target
 
@@ -54,9 +55,11 @@ class CachedManyFunction(CachedCallable, Generic[K, P, V]):
 
     decorator_name = "kv_cached_many"
 
-    def __get__(self, instance: Any, owner: type | None = None) -> "CachedManyFunction[K, P, V]":
-        """Bind to an instance, as a function in a class does."""
-        return self if instance is None else self.bound_to(instance)
+    if TYPE_CHECKING:
+
+        def __get__(self, instance: Any, owner: type | None = None) -> "CachedManyFunction[K, P, V]":
+            """Bind to an instance, as a function in a class does."""
+            raise NotImplementedError
 
     @_ids_by_name
     def __call__(self, ids: Iterable[K], *args: P.args, **kwargs: P.kwargs) -> "CoroutineType[Any, Any, dict[K, V]]":
@@ -115,7 +118,7 @@ class CachedManyFunction(CachedCallable, Generic[K, P, V]):
             **kwargs: Likewise.
 
         Raises:
-            TypeError: A value would come back changed.
+            TypeError: Values of this type would come back changed.
             ValueError: A value cannot be stored.
             CallError: A value is not known to be stored.
         """
@@ -136,11 +139,23 @@ class CachedManyFunction(CachedCallable, Generic[K, P, V]):
         """Delete the results of several ids, in the store and here; computations under way in this process are not stored.
 
         Raises:
-            CallError: The store failed for one of them: other processes may serve it. This process serves nothing older.
+            BatchError: The store failed for some of them; it lists by id what was deleted and what may still be stored. Other
+                processes may serve the latter, this one serves nothing older.
         """
         self._check_binding()
         calls = self._calls((ids, *args), kwargs)
-        await _together(invalidate(self._cache, store, part) for store, part in self._by_store(calls).items())
+        parts = await _together(invalidate(self._cache, store, part) for store, part in self._by_store(calls).items())
+        failed = {key: error for part in parts for key, error in part.items()}
+        errors: dict[Any, Exception] = {}
+        for id_, call in calls.items():
+            error = failed.get(call.key)
+            if isinstance(error, AioKVError):
+                errors[id_] = error
+            elif error is not None:
+                # Of a backend of the program's own: as it would come from a single call.
+                raise error
+        if errors:
+            raise BatchError(errors, dict.fromkeys([id_ for id_ in calls if id_ not in errors]), ())
 
     def _lacks_instance(self) -> bool:
         return not self._bound and self._cache.stores.first in {"self", "cls"}
@@ -287,8 +302,8 @@ def kv_cached_many(  # noqa: PLR0913 (keywords, each with a default that serves)
     as `"1"` for 1, is a `TypeError`.
 
     Args:
-        ttl: As for `kv_cached`, like all that follow; functions of the result get one id's, `key` and `vary` get one id in
-            place of the list, and `returns` is the type of one result.
+        ttl: As for `kv_cached`, like all that follow; functions of the result get one id's, functions in `key`, `vary` and
+            `store` get one id in place of the list, and `returns` is the type of one result.
         store: See `kv_cached`.
         db_name: See `kv_cached`.
         key: See `kv_cached`.
@@ -319,7 +334,8 @@ def kv_cached_many(  # noqa: PLR0913 (keywords, each with a default that serves)
         stands below `@staticmethod` and above `@classmethod`.
 
     Raises:
-        TypeError: What is decorated is no coroutine function, or an option is of another type.
+        TypeError: What is decorated is no coroutine function, an option is of another type, or `key`, `vary` or `store` is a
+            function that cannot take the arguments.
         ValueError: An option is not acceptable, or a local function has no `key`.
     """
     options = CacheOptions(
@@ -368,7 +384,7 @@ def kv_cached_many(  # noqa: PLR0913 (keywords, each with a default that serves)
             returns=returns,
             batch_size=batch_size,
         )
-        cached: CachedManyFunction[Any, ..., Any] = CachedManyFunction(recipe)
+        cached: CachedManyFunction[Any, ..., Any] = make_cached(CachedManyFunction, recipe)
         return CachedManyClassMethod(cached) if isinstance(decorated, classmethod) else cached
 
     return decorate

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from aiokv import clock
-from aiokv.caching.events import Events
+from aiokv.caching.events import EventKind, Events
 from aiokv.caching.generations import Place
 from aiokv.caching.modes import Mode, cache_mode
 from aiokv.caching.results import ResultCodec
@@ -32,7 +32,7 @@ _numbers = itertools.count()
 class Slot:
     """One result: its JSON, decoded anew at each hit, or the value itself where nobody can change that."""
 
-    __slots__ = ("by_call", "call", "json", "key", "size_bytes", "until", "value", "visited")
+    __slots__ = ("by_call", "call", "counts", "json", "key", "kinds", "size_bytes", "until", "value", "visited")
 
     def __init__(self, key: str, json: bytes | str | None, value: Any, until: float, size_bytes: int) -> None:
         self.key = key
@@ -41,9 +41,13 @@ class Slot:
         self.until = until
         self.size_bytes = size_bytes
         self.visited = False
-        # Where else it can be looked up, and under what.
+        # Where else it can be looked up, and under which arguments. Equal ones may be of other types: 1 equals True.
         self.by_call: dict[tuple[object, ...], Slot] | None = None
         self.call: tuple[object, ...] | None = None
+        # Their types; the type itself where there is one argument.
+        self.kinds: type | tuple[object, ...] = ()
+        # Those of the function, for the call that finds the slot by its arguments.
+        self.counts: dict[EventKind, int] | None = None
 
     def forget(self) -> None:
         """Serve nobody any more, whoever still holds this slot."""
@@ -158,28 +162,41 @@ class NearView:
 
     Args:
         near: The near cache, which other functions may use, too.
-        quick: Gives what identifies a call of plain arguments without making its key.
+        values: Gives the arguments of a call that count.
         results: Decodes results.
         events: Counts hits.
+        direct_count: How many positional arguments, where nothing else is given, are all that counts; None where more does.
+        direct_count_bound: Likewise, of a bound form, whose first argument does not count.
     """
 
-    def __init__(self, near: NearCache, quick: Callable[..., tuple[object, ...]], results: ResultCodec, events: Events) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 (what a look-up takes)
+        self,
+        near: NearCache,
+        values: Callable[..., tuple[object, ...]],
+        results: ResultCodec,
+        events: Events,
+        direct_count: int | None = None,
+        direct_count_bound: int | None = None,
+    ) -> None:
         self.near = near
         # Tells views apart for as long as the process lives, and holds none of them.
         self._number = next(_numbers)
-        self.quick = quick
+        self._values = values
         self._results = results
         # The one store that calls use; None where it depends on the call, or is not known yet.
         self.store: AsyncKVStore | None = None
         self.by_call: dict[tuple[object, ...], Slot] = {}
-        self._counts = events.counts
         self._events = events
-        self._observer = events.observer
+        self._counts, self._observer = events.counts, events.observer
         self._get_slot = self.by_call.get
+        self._count = direct_count
+        self.direct_count = direct_count or direct_count_bound
+        direct = self.by_call.get if events.observer is None else None
+        # Find the slot of a call of positional arguments alone, unbound and bound; None where that takes more.
+        self.direct = direct if direct_count else None
+        self.direct_bound = direct if direct_count_bound else None
 
-    def quick_hit(  # noqa: PLR0911 (the whole way of a near hit)
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], _mode: Callable[[], Mode] = cache_mode.get
-    ) -> Any:
+    def quick_hit(self, args: tuple[Any, ...], kwargs: dict[str, Any], _mode: Callable[[], Mode] = cache_mode.get) -> Any:
         """Return the result of a call that was served from here before, or `MISSED`.
 
         Args:
@@ -187,11 +204,15 @@ class NearView:
             kwargs: The keyword arguments.
         """
         try:
-            slot = self._get_slot(self.quick(*args, **kwargs) if kwargs else self.quick(*args))
+            values = self._values(*args, **kwargs) if kwargs or len(args) != self._count else args
+            slot = self._get_slot(values)
         except TypeError:
             # An argument is not hashable, or the arguments do not fit: the long way knows.
             return MISSED
         if slot is None or _mode() != "use":
+            return MISSED
+        kinds = slot.kinds
+        if (not values or type(values[0]) is not kinds) and kinds != tuple(map(type, values)):
             return MISSED
         if self._observer is not None:
             return self._hit(slot)
@@ -201,13 +222,7 @@ class NearView:
             return MISSED
         slot.visited = True
         self._counts["near_hit"] += 1
-        if json is None:
-            return value
-        try:
-            return self._results.load(json)
-        except Exception:  # noqa: BLE001 (as in `_hit`)
-            slot.forget()
-            return MISSED
+        return value if json is None else self.load(slot, json)
 
     def _hit(self, slot: Slot) -> Any:
         """Return a slot's result, which no other caller holds unless it is immutable; `MISSED` if its time has come."""
@@ -216,12 +231,11 @@ class NearView:
         if clock.monotonic() >= slot.until:
             return MISSED
         slot.visited = True
-        if self._observer is None:
-            self._counts["near_hit"] += 1
-        else:
-            self._events.emit("near_hit", slot.key)
-        if json is None:
-            return value
+        self._events.emit("near_hit", slot.key)
+        return value if json is None else self.load(slot, json)
+
+    def load(self, slot: Slot, json: bytes | str) -> Any:
+        """Return a fresh result of what a slot holds, or `MISSED`."""
         try:
             return self._results.load(json)
         except Exception:  # noqa: BLE001 (a class of the program's may refuse today what it took before)
@@ -248,7 +262,7 @@ class NearView:
         Args:
             store: Where it came from.
             place: The store's target, and the key.
-            call: What `quick` gives for the call, where that is enough to know it; else None.
+            call: The arguments that count, then their types, where these are enough to know the call; else None.
             json: The result as JSON.
             value: The result, kept only where it is immutable.
             fresh_seconds: How long it is still fresh.
@@ -262,7 +276,8 @@ class NearView:
             texts = sum(len(item) for item in call if isinstance(item, str | bytes))
             # Longer arguments would be held beside the near cache's bound.
             if texts <= _MAX_CALL_CHARS:
-                slot.by_call, slot.call = self.by_call, call
+                slot.by_call, slot.call, slot.kinds = self.by_call, call[: len(call) // 2], _kinds_of(call)
+                slot.counts = self._events.counts
                 slot.size_bytes += 8 * len(call) + texts
         if not self.near.put((self._number, place), slot, is_current) or slot.call is None:
             return
@@ -280,6 +295,12 @@ class NearView:
         # In this order: `put` looks at the store last.
         self.store = store
         self.by_call.clear()
+
+
+def _kinds_of(call: tuple[object, ...]) -> Any:
+    """Return the types of the arguments that count; the type itself where there is one."""
+    kinds = call[len(call) // 2 :]
+    return kinds[0] if len(kinds) == 1 else kinds
 
 
 _caches: "weakref.WeakSet[NearCache]" = weakref.WeakSet()

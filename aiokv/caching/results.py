@@ -3,10 +3,13 @@
 `TypeError` means that results of this type cannot be stored, `NotStorable` that this one result cannot:
 
 - `TypeError`: a set, a tuple or an object where there is no annotation, or one of native JSON types; another type than
-  annotated, at any depth; an annotation that does not accept its own JSON; an annotation that masks, such as `SecretStr`.
+  annotated, at any depth, subclasses included; an annotation that does not accept its own JSON; an annotation that masks, such
+  as `SecretStr`.
 - `NotStorable`: NaN or infinity where the annotated type has no text for them (native JSON types, most models); an int of more
   than 64 bits as a native type; a lone surrogate; bytes that are not UTF-8 in a model; a value that is nested too deeply or
-  holds itself; state that JSON loses, such as excluded fields, private and extra attributes; a value that a validator changes.
+  holds itself; state that JSON loses, such as excluded fields, private and extra attributes; a value that a validator changes;
+  a value of one annotated type that comes back as another, such as "2020-01-01" under `date | str`; where a method returns
+  `Self`, an instance of a subclass.
 
 The JSON of a model holds its fields by name. `model_fields_set` comes back, too. Where the mark of the schema covers their
 defaults, unset fields are left out. Else the stored text is ` [[sets, indices],`, a line break, the JSON and `]`: JSON as well.
@@ -35,12 +38,18 @@ _DEEP = ("Error serializing to JSON: ValueError: Circular reference", "Error ser
 _UNREADABLE = frozenset({"json_invalid", "recursion_loop"})
 # No JSON writer begins with a space. The first item of bytes is a number.
 _SPACES = frozenset({" ", ord(" ")})
+_ALIKE = "whose JSON looks the same"
+_SUBCLASS = "is of a subclass"
+# Of these JSON keeps the type, whatever is annotated.
+_NATIVE_TYPES = frozenset({str, int, float, bool, list, dict, type(None)})
 _ADVICE = (
     ("NaN", "return None or a str in its place"),
     ("64 bits", "return it as a str"),
     ("surrogate", "replace it, as str.encode(errors='replace') does"),
     ("UTF-8", "set ser_json_bytes and val_json_bytes of its model_config to 'base64'"),
     ("deeply", "return something flatter"),
+    (_ALIKE, "annotate types that differ in their JSON, such as models with a tag"),
+    (_SUBCLASS, "give the subclass a cached method of its own"),
 )
 
 
@@ -82,6 +91,7 @@ class ResultCodec:
         self._to_json: Callable[..., bytes] | None = None
         self._to_python: Callable[..., object] = lambda result, **_: result
         self._validate: Callable[[bytes | str], Any] = orjson.loads
+        self._validate_strictly: Callable[[object], object] = lambda result: result
         # Tried in order, the last that succeeded first.
         self._modes: tuple[_Mode, ...] = ()
         self._plain_mode = _Mode({}, keeps_sets=False)
@@ -143,7 +153,7 @@ class ResultCodec:
                 return outcome
             if isinstance(outcome, Difference) and mode is self._plain_mode:
                 fault = outcome
-        raise self._refusal(fault, result)
+        raise self._refusal(self._without_blame(fault, result), result)
 
     def _resolve(self) -> None:
         returns = self._part(return_annotation(self._function)) if self._returns is None else self._returns
@@ -158,6 +168,7 @@ class ResultCodec:
         else:
             self._to_json = adapter.serializer.to_json
             self._to_python = adapter.serializer.to_python
+            self._validate_strictly = partial(adapter.validator.validate_python, strict=True)
             validate = self._validate = adapter.validator.validate_json
             if description.has_aliases:
                 self._validate = partial(validate, by_alias=True, by_name=True)
@@ -228,6 +239,26 @@ class ResultCodec:
         except Exception as error:  # noqa: BLE001 (a class of the program's may fail in its own way)
             return _explain(error, result, self._to_python)
         return data if found is None else found
+
+    def _without_blame(self, fault: Difference, result: object) -> Difference:
+        """Return the fault as one of this value alone where the annotation allows for its type."""
+        if not fault.is_type or fault.types is None:
+            return fault
+        back, kind = fault.types
+        if issubclass(kind, back):
+            owner = self._function.__qualname__.rpartition(".")[0]
+            if (back.__module__, back.__qualname__) != (self._function.__module__, owner):
+                return fault
+            return fault._replace(is_type=False, reason=f"{_SUBCLASS} of {back.__qualname__}, and comes back as that")
+        if back in _NATIVE_TYPES and kind not in _NATIVE_TYPES:
+            return fault
+        try:
+            # Accepts what the annotation names. A value of another type may have been written all the same.
+            self._validate_strictly(result)
+        except Exception:  # noqa: BLE001 (a class of the program's may fail in its own way)
+            return fault
+        reason = f"comes back as {back.__qualname__}, {_ALIKE}"
+        return fault._replace(is_type=False, reason=reason)
 
     def _refusal(self, fault: Difference, result: object) -> Exception:
         place = f" at {fault.path}" if fault.path else ""

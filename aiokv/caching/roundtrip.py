@@ -58,7 +58,8 @@ def _differ_in_type(back: Any, result: Any) -> Difference | None:
     reason = None if isinstance(result, bytes) else unholdable(result)
     if reason is not None:
         return Difference("", f"holds {reason}, which has no form in JSON here", is_type=False)
-    return Difference("", f"comes back as {type(back).__qualname__}, not {type(result).__qualname__}", is_type=True)
+    reason = f"comes back as {type(back).__qualname__}, not {type(result).__qualname__}"
+    return Difference("", reason, is_type=True, types=(type(back), type(result)))
 
 
 def _differ_as_floats(back: float, result: float, _: Orders) -> Difference | None:

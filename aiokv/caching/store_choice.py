@@ -2,8 +2,9 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
+from aiokv.caching.arguments import compile_choice
 from aiokv.default_store import default_store
 from aiokv.store import AsyncKVStore
 
@@ -14,7 +15,10 @@ class StoreChoice:
     Args:
         store: The option `store`.
         db_name: The option `db_name`.
-        function: The cached function, whose first argument `store` may ask for.
+        function: The cached function, whose arguments `store` may ask for.
+
+    Raises:
+        TypeError: `store` is a function that asks for something else.
     """
 
     def __init__(
@@ -22,13 +26,11 @@ class StoreChoice:
     ) -> None:
         self.fixed = store if isinstance(store, AsyncKVStore) else None
         self._db_name = db_name
-        self._of_call: Callable[..., AsyncKVStore] | None = (
-            None if store is None or self.fixed is not None else cast("Any", store)
-        )
-        self._needs_first = self._of_call is not None and _needs_argument(self._of_call)
-        parameters = inspect.signature(function).parameters
-        self.first = next(iter(parameters), "")
-        self._first_default = parameters[self.first].default if parameters else None
+        signature = inspect.signature(function)
+        self._of_call: Callable[..., AsyncKVStore] | None = None
+        if store is not None and not isinstance(store, AsyncKVStore):
+            self._of_call = compile_choice("store", store, function, signature)
+        self.first = next(iter(signature.parameters), "")
 
     @property
     def is_default(self) -> bool:
@@ -45,9 +47,7 @@ class StoreChoice:
         if self.fixed is not None:
             return self.fixed
         if self._of_call is not None:
-            # A method's instance may be passed by name, too.
-            first = (args[0] if args else kwargs.get(self.first, self._first_default),) if self._needs_first else ()
-            chosen: object = self._of_call(*first)
+            chosen: object = self._of_call(*args, **kwargs)
             if not isinstance(chosen, AsyncKVStore):
                 raise TypeError(f"the function that store= names must return an AsyncKVStore, not {type(chosen).__name__}")
             return chosen
@@ -55,13 +55,3 @@ class StoreChoice:
             return default_store()
         self.fixed = AsyncKVStore(self._db_name)
         return self.fixed
-
-
-def _needs_argument(function: Callable[..., object]) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:
-        # Such as operator.attrgetter("kv"), which says nothing of what it takes.
-        return True
-    positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    return any(one.kind in positional and one.default is one.empty for one in parameters)

@@ -1,10 +1,10 @@
 """The results of one function as they are stored: read and decoded, encoded and committed, deleted."""
 
 import asyncio
-import functools
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 from aiokv import clock
@@ -22,7 +22,6 @@ from aiokv.caching.options import CacheOptions
 from aiokv.caching.results import NotStorable, ResultCodec
 from aiokv.caching.writes import Write
 from aiokv.errors import StoreClosedError, ValueTooLargeError
-from aiokv.limits import MAX_VALUE_BYTES, check_value_size
 from aiokv.store import AsyncKVStore
 
 logger = logging.getLogger("aiokv")
@@ -32,15 +31,11 @@ MAX_BEHIND = 64
 """How many refreshes, and how many writes, may go on behind callers."""
 
 
-class Found(NamedTuple):
-    """A stored result: its entry, and one decoded copy."""
-
-    entry: Entry
-    value: Any
-
+Found = tuple[Entry, Any]
+"""A stored result: its entry, and one decoded copy."""
 
 # Spares a call of the Python function that makes a `NamedTuple`.
-_new_found: Any = tuple.__new__
+_new: Any = tuple.__new__
 
 
 class Computed(NamedTuple):
@@ -92,8 +87,13 @@ class StoredResults:
         self._events = events
         self._near = near
         self._raises = options.on_store_error == "raise"
+        self._waits = options.write == "await"
         self._is_resolved = False
         self._wait_seconds = options.read_timeout
+        # None where they depend on the result, or on chance.
+        is_fixed = options.when is None and options.none_ttl is ... and not callable(options.ttl)
+        self._ttl_seconds = options.ttl_of(True) if is_fixed else None
+        self._kept_seconds = None if self._ttl_seconds is None or options.jitter else options.kept_seconds(self._ttl_seconds)
 
     def read_failed(self, store: AsyncKVStore, key: str, error: BaseException) -> None:
         """Count a read that failed, and raise its error where `on_store_error` is `"raise"`.
@@ -125,15 +125,15 @@ class StoredResults:
         if not self._is_resolved:
             self._results.resolve()
             self._is_resolved = True
-        entry = unpack(text, namespace=place[0].db_name, key=place[1], schema=self._results.schema, codecs=self._codecs)
+        results = self._results
+        entry = unpack(text, place[0].db_name, place[1], results.schema, self._codecs)
         if entry is None or not self.generations.trusts(place, entry[1]):
             return None
         try:
-            found: Found | None = _new_found(Found, (entry, self._results.load(entry[0])))
+            return entry, results.load(entry[0])
         except Exception as error:  # noqa: BLE001 (a class of the program's may fail in its own way)
             logger.debug("a stored result of %s is unreadable (%s), and computed anew", self._keys.prefix, type(error).__name__)
             return None
-        return found
 
     def keep_near(self, flight: Flight, entry: Entry, value: object) -> None:
         """Put a result into the near cache, if there is one and the result is not superseded."""
@@ -152,69 +152,78 @@ class StoredResults:
             skip_write: Whether the store is known to fail.
             must: Whether a store that fails is an error of the callers, as for `prime`.
         """
-        flights = batch[0].flights
-        # A refresh waits in any case: until its result has landed, what is read may be older.
-        waits = self._options.write == "await" or any(flight.is_decisive for flight in batch)
+        flights, values = batch[0].flights, computed.values
         outcomes: dict[Flight, Outcome] = {}
         entries: dict[str, Entry] = {}
         writes: list[Write] = []
+        decisive: list[Flight] = []
         is_open = flights.access.breaker.writes.is_open(self._wait_seconds)
         # A prime asks for the store, whatever has failed before.
         can_write = must or not (skip_write or is_open)
-        for flight, value, unchanged in zip(batch, computed.values, computed.unchanged, strict=True):
-            outcomes[flight], encoded = self._encode(flight, value, computed, unchanged=unchanged)
+        for index, flight in enumerate(batch):
+            outcome, encoded = self._encode(flight, values[index], computed, computed.unchanged[index])
             if encoded is not None and can_write:
-                write, entries[flight.call.key] = encoded
+                write, entries[flight.call[0]] = encoded
                 writes.append(write)
             elif encoded is not None and is_open and self._raises:
                 error = without_traceback(flights.access.breaker.writes.error or TimeoutError())
-                outcomes[flight] = Outcome(error=own_error(flight.store, error, flight.call.key, "set"))
+                outcome = Outcome(error=own_error(flight.store, error, flight.call.key, "set"))
+            outcomes[flight] = outcome
+            if flight.is_decisive:
+                decisive.append(flight)
             # From here on a call reads what is being written, and does not wait for that.
             flights.remove(flight)
-        if writes and not waits and flights.writes_behind < MAX_BEHIND:
-            _end(outcomes)
         if writes:
-            await self._write(batch, writes, entries, outcomes, computed.started, must=must)
-        decisive = [flight for flight in batch if flight.is_decisive]
+            # A refresh waits in any case: until its result has landed, what is read may be older.
+            if not (self._waits or decisive) and flights.writes_behind < MAX_BEHIND:
+                _end(outcomes)
+            flights.writes_behind += 1
+            on_late = None if must else self._late
+            try:
+                errors, overtaken = await flights.access.write(
+                    batch[0].store, writes, self._wait_seconds, on_late, (outcomes, computed.started)
+                )
+            except asyncio.CancelledError:
+                self._end_without_knowing(decisive, outcomes, computed.started, must=must)
+                raise
+            finally:
+                flights.writes_behind -= 1
+            if errors or overtaken:
+                self._written(batch, entries, outcomes, errors, overtaken, computed.started, must=must)
         if decisive:
             await self._settle(decisive, entries, outcomes, computed.started, must=must)
         _end(outcomes)
 
-    async def _write(  # noqa: PLR0913 (what is written, and what becomes of it)
+    def _end_without_knowing(
+        self, decisive: Sequence[Flight], outcomes: dict[Flight, Outcome], started: float, *, must: bool
+    ) -> None:
+        """End flights whose write was cancelled: the results are known, that they replace what is stored is not."""
+        for flight in decisive:
+            self.generations.distrust(flight.place, started)
+            if must and outcomes[flight].error is None:
+                closed = StoreClosedError(
+                    "the cached function was closed before the result was stored",
+                    verb="set",
+                    db_name=flight.store.db_name,
+                    key=flight.call.key,
+                    attempts=1,
+                    maybe_applied=True,
+                )
+                outcomes[flight] = Outcome(error=closed)
+        _end(outcomes)
+
+    def _written(  # noqa: PLR0913, PLR0917 (what was written, and what has become of it)
         self,
         batch: Sequence[Flight],
-        writes: Sequence[Write],
         entries: dict[str, Entry],
         outcomes: dict[Flight, Outcome],
+        errors: Mapping[str, BaseException],
+        overtaken: AbstractSet[str],
         started: float,
         *,
         must: bool,
     ) -> None:
-        """Write results; take out of `entries` what is not written, and put into `outcomes` what that means for the callers."""
-        flights, store = batch[0].flights, batch[0].store
-        on_late = None if must else lambda: self._late(outcomes, started)
-        flights.writes_behind += 1
-        try:
-            errors, overtaken = await flights.access.write(store, writes, self._wait_seconds, on_late)
-        except asyncio.CancelledError:
-            # The results are known all the same; that they replace what is stored is not.
-            for flight in batch:
-                if flight.is_decisive:
-                    self.generations.distrust(flight.place, started)
-                if must and outcomes[flight].error is None:
-                    closed = StoreClosedError(
-                        "the cached function was closed before the result was stored",
-                        verb="set",
-                        db_name=store.db_name,
-                        key=flight.call.key,
-                        attempts=1,
-                        maybe_applied=True,
-                    )
-                    outcomes[flight] = Outcome(error=closed)
-            _end(outcomes)
-            raise
-        finally:
-            flights.writes_behind -= 1
+        """Take out of `entries` what could not be written, and put into `outcomes` what that means for the callers."""
         for flight in batch:
             key = flight.call.key
             if (error := errors.get(key)) is not None:
@@ -223,7 +232,7 @@ class StoredResults:
             elif key in overtaken:
                 self.generations.distrust(flight.place, started)
                 if must:
-                    outcomes[flight] = Outcome(error=overtaken_error(store, key, "set"))
+                    outcomes[flight] = Outcome(error=overtaken_error(flight.store, key, "set"))
 
     def supersede(self, flights: Flights, key: str) -> int:
         """Keep everything that is under way for a key from being stored, kept and joined; return the new generation."""
@@ -246,19 +255,7 @@ class StoredResults:
         places = {key: (flights.target, key) for key in raised}
 
         started = clock.now()
-        writes = [
-            Write(
-                key,
-                None,
-                0,
-                raised[key],
-                functools.partial(self.generations.begin, places[key], raised[key]),
-                functools.partial(self.generations.is_latest, places[key], raised[key]),
-                is_decisive=True,
-                distrust=functools.partial(self.generations.distrust, places[key], started),
-            )
-            for key in raised
-        ]
+        writes = [Write(self.generations, places[key], raised[key], started, None, 0, is_decisive=True) for key in raised]
         errors, overtaken = await flights.access.write(store, writes, self._wait_seconds)
         for key in raised:
             if key in errors:
@@ -273,53 +270,51 @@ class StoredResults:
         failures.update({key: own_error(store, error, key, "delete") for key, error in errors.items()})
         return failures
 
-    def _encode(  # noqa: PLR0911 (one for each way to end)
-        self, flight: Flight, value: Any, computed: Computed, *, unchanged: bool
+    def _encode(  # noqa: C901, PLR0911 (one for each way to end)
+        self,
+        flight: Flight,
+        value: Any,
+        computed: Computed,
+        unchanged: bool,  # noqa: FBT001 (one for each miss, so by position)
     ) -> tuple[Outcome, tuple[Write, Entry] | None]:
         """Return what the callers of one flight get, and what is to be written for it, if anything is."""
-        key, options, store = flight.call.key, self._options, flight.store
         if value is ABSENT:
             return ABSENT, None
+        key, results = flight.call.key, self._results
         json: bytes | None = None
         try:
-            fresh_seconds = options.ttl_of(value) if unchanged else None
+            fresh_seconds = (self._ttl_seconds or self._options.ttl_of(value)) if unchanged else None
             try:
-                json = self._results.dump(value)
+                json = results.dump(value)
             except TypeError:
                 if fresh_seconds is not None:
                     raise
             if not unchanged:
-                reason = (
-                    "an argument changed while the function ran; have it change a copy, or leave the argument out (ignore=)"
-                )
-                self._events.not_stored(key, self._keys.prefix, reason)
+                self._events.not_stored(key, self._keys.prefix, _CHANGED)
                 return Outcome(json, value, kind="private"), None
             if fresh_seconds is None or json is None:
                 self._events.emit("not_stored", key)
                 return Outcome(json, value), None
-            own = self._results.load(json)
+            own = results.load(json)
             if not flight.may_land(self.generations):
                 return Outcome(json, own=own), None
-            fresh_seconds *= 1.0 - options.jitter * random.random()  # noqa: S311 (spreads expiries, guards nothing)
-            entry = Entry(json, computed.started, computed.ended + fresh_seconds, computed.seconds)
-            text = pack(entry, namespace=store.db_name, key=key, schema=self._results.schema, codecs=self._codecs)
+            if self._options.jitter:
+                fresh_seconds *= 1.0 - self._options.jitter * random.random()  # noqa: S311 (spreads expiries, guards nothing)
+            entry: Entry = _new(Entry, (json, computed.started, computed.ended + fresh_seconds, computed.seconds))
+            text = pack(entry, flight.place[0].db_name, key, results.schema, self._codecs)
         except NotStorable as error:
             self._events.not_stored(key, self._keys.prefix, str(error))
             return Outcome(json, value, kind="shared" if unchanged else "private"), None
         except Exception as error:  # noqa: BLE001 (the callers' own)
             return failure(error), None
-        if not flight.is_decisive:
+        if self._near is not None and not flight.is_decisive:
             self.keep_near(flight, entry, own)
-        return Outcome(json, own=own), (
-            self._write_of(flight, text, options.kept_seconds(fresh_seconds), computed.started),
-            entry,
-        )
+        outcome: Outcome = _new(Outcome, (json, None, None, own, "shared"))
+        kept_seconds = self._kept_seconds or self._options.kept_seconds(fresh_seconds)
+        return outcome, (self._write_of(flight, text, kept_seconds, computed.started), entry)
 
     def _write_of(self, flight: Flight, text: str | None, ttl_seconds: int, started: float) -> Write:
-        begin = functools.partial(flight.begin_write, self.generations)
-        may_stay = functools.partial(flight.may_land, self.generations)
-        distrust = functools.partial(self.generations.distrust, flight.place, started)
-        return Write(flight.call.key, text, ttl_seconds, flight.generation, begin, may_stay, flight.is_decisive, distrust)
+        return Write(self.generations, flight.place, flight.generation, started, text, ttl_seconds, flight.is_decisive)
 
     async def _settle(
         self,
@@ -393,8 +388,3 @@ class StoredResults:
 def _end(outcomes: Mapping[Flight, Outcome]) -> None:
     for flight, outcome in outcomes.items():
         flight.end(outcome)
-
-
-def _check_size(text: str) -> None:
-    if len(text) > MAX_VALUE_BYTES // 4:
-        check_value_size(len(text) if text.isascii() else len(text.encode()))

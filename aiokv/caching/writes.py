@@ -2,60 +2,67 @@
 
 import asyncio
 from asyncio import get_running_loop
-from collections.abc import Callable
+
+from aiokv.caching.generations import Generations, Place
 
 
 class Write:
     """A set or a delete that has not landed yet.
 
     Args:
-        key: The key.
+        generations: Those of the function.
+        place: Target and key.
+        generation: When it was decided on: of two writes the later one is to stay.
+        started: When the computation of the result began, or that of what a delete is for, in seconds since the epoch.
         text: What is set; None for a delete.
         ttl_seconds: For how long, whole seconds.
-        generation: When it was decided on: of two writes the later one is to stay.
-        begin: Returns whether it may be written, and keeps older writes from that.
-        may_stay: Returns whether nothing newer has begun.
-        is_decisive: Whether it waits for what other loops of the process are still setting, so that nothing older stays.
-        distrust: Called where older entries than this write may be in the store, or soon will be: it was decisive and gave way
-            to a later one that is still under way, or it landed too late and cannot be deleted again.
+        is_decisive: Whether it replaces what is stored whatever that is. It waits for what other loops of the process are still
+            setting, so that nothing older stays.
     """
 
-    __slots__ = (
-        "_landed",
-        "begin",
-        "distrust",
-        "generation",
-        "is_decisive",
-        "is_done",
-        "key",
-        "may_stay",
-        "previous",
-        "text",
-        "ttl_seconds",
-    )
+    # Most writes end without these.
+    previous: "Write | None" = None
+    is_done = False
+    _landed: "asyncio.Future[None] | None" = None
 
     def __init__(  # noqa: PLR0913, PLR0917 (what is written, and in which order)
         self,
-        key: str,
+        generations: Generations,
+        place: Place,
+        generation: int,
+        started: float,
         text: str | None,
         ttl_seconds: int,
-        generation: int,
-        begin: Callable[[], bool],
-        may_stay: Callable[[], bool],
         is_decisive: bool,  # noqa: FBT001
-        distrust: Callable[[], None],
     ) -> None:
-        self.key = key
+        self.place = place
+        self.key = place[1]
+        self.generation = generation
         self.text = text
         self.ttl_seconds = ttl_seconds
-        self.generation = generation
-        self.begin = begin
-        self.may_stay = may_stay
         self.is_decisive = is_decisive
-        self.distrust = distrust
-        self.previous: Write | None = None
-        self.is_done = False
-        self._landed: asyncio.Future[None] | None = None
+        self._generations = generations
+        self._started = started
+
+    def begin(self) -> bool:
+        """Return whether it may be written, and keep older writes from that."""
+        if self.is_decisive:
+            return self._generations.begin(self.place, self.generation)
+        return self._generations.is_current(self.place, self.generation)
+
+    def may_stay(self) -> bool:
+        """Return whether nothing newer has begun."""
+        if self.is_decisive:
+            return self._generations.is_latest(self.place, self.generation)
+        return self._generations.is_current(self.place, self.generation)
+
+    def distrust(self) -> None:
+        """Let nothing older than this write be served.
+
+        Such may be in the store, or soon will be: this write gave way to a later one that is still under way, or it landed too
+        late and cannot be deleted again.
+        """
+        self._generations.distrust(self.place, self._started)
 
     def landed(self) -> "asyncio.Future[None]":
         """Return a future of the write's own loop that is done once it has landed or failed; not to be cancelled."""

@@ -173,8 +173,8 @@ WHOLE_KEYS: dict[str, tuple[dict[str, object], tuple[object, ...], dict[str, obj
     "no argument": ({}, (), {}),
     "arguments": ({}, (1, "x", None), {"b": 2.5, "a": [True]}),
     "prefix and version": ({"prefix": "a:1", "version": "2"}, ("x",), {}),
-    "own key": ({"key": lambda value: ("k", value)}, (7,), {}),
-    "vary": ({"vary": lambda _: "tenant"}, (7,), {}),
+    "own key": ({"key": lambda value, *_, **__: ("k", value)}, (7,), {}),
+    "vary": ({"vary": lambda *_, **__: "tenant"}, (7,), {}),
 }
 
 

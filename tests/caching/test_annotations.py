@@ -62,9 +62,25 @@ async def test_self_is_the_class_that_the_method_stands_in() -> None:
     assert [Shape.above.info().computations - before[0], Shape.many.info().computations - before[1]] == [1, 2]
 
 
-async def test_result_of_a_subclass_is_refused_rather_than_changed() -> None:
+async def test_self_of_a_subclass_is_returned_as_it_is_and_not_stored(caplog: pytest.LogCaptureFixture) -> None:
+    before = Shape.above.info()
+    for _ in range(2):
+        assert await Round.above(1) == Round(1)
+        assert await Round(1).list_of(2) == [Round(3)]
+        assert await Round.many([1]) == {1: Round(1)}
+    after = Shape.above.info()
+    assert (after.computations - before.computations, after.not_stored - before.not_stored) == (2, 2)
+    assert len([record for record in caplog.records if "above: its result is of a subclass of Shape" in record.message]) == 1
+
+
+@kv_cached(60, store=kv)
+async def shape_of(size: int) -> Shape:
+    return Round(size)
+
+
+async def test_subclass_of_another_class_than_the_methods_own_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="comes back as Shape, not Round"):
-        await Round.above(1)
+        await shape_of(1)
 
 
 async def test_self_of_a_class_that_its_name_does_not_lead_to_is_a_type_error_that_says_what_to_do() -> None:

@@ -30,7 +30,7 @@ async def test_caller_that_leaves_before_the_computation_begins_leaves_nothing_b
             await asyncio.wait([leaving])
         await settle()
         gc.collect()
-    assert not double._cache.computations._under_way
+    assert not double._cache.flights_of(store).computed
     assert [await double(number) for number in range(6)] == [0, 2, 4, 6, 8, 10]
 
 

@@ -229,6 +229,14 @@ def test_what_is_no_codec_is_refused_with_what_to_do(codec: Any, message: str) -
         check_codecs(codec)
 
 
+def test_codec_after_encryption_is_refused_with_why() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"Encrypted must be the last.*Zstd comes after.*not be authenticated.*compress"
+    ):
+        check_codecs([Encrypted(b"k" * 32), Zstd()])
+    assert [step.name for step in check_codecs([Zstd(), Encrypted(b"k" * 32)])] == ["zstd", "aesgcm"]
+
+
 @pytest.mark.parametrize(("extra", "make"), [("zstandard", Zstd), ("cryptography.exceptions", lambda: Encrypted(b"k" * 32))])
 def test_step_without_its_package_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, extra: str, make: Callable[[], object]

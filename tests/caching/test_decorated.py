@@ -8,7 +8,7 @@ import operator
 import pickle
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from caching_under_test import watched_store
@@ -140,7 +140,7 @@ def test_signature_is_that_of_the_call(of: Callable[..., Any], parameters: list[
 
 
 def test_class_itself_has_the_signature_of_a_class() -> None:
-    assert "recipe" in inspect.signature(CachedFunction).parameters
+    assert "recipe" in inspect.signature(type(greet)).parameters
 
 
 async def test_static_method_has_no_instance() -> None:
@@ -195,6 +195,29 @@ def test_function_keeps_its_name_documentation_and_signature() -> None:
     assert inspect.signature(greet) == inspect.signature(greet.__wrapped__)
     assert Service.method.__qualname__ == "Service.method"
     assert "greet" in repr(greet)
+
+
+def test_bound_method_passes_the_attributes_of_its_function_on() -> None:
+    async def number(self: object) -> Annotated[int, "of a call"]:
+        """Count."""
+        return id(self)
+
+    number.told = "by the program"  # type: ignore[attr-defined]
+    function = kv_cached(60, store=kv, key=id)(number)
+    bound = function.bound_to(Service("a"))
+    assert (bound.__name__, bound.__module__, bound.__doc__) == ("number", __name__, "Count.")
+    assert (bound.__wrapped__, bound.told) == (number, "by the program")  # type: ignore[attr-defined]
+    assert bound.__annotations__ is function.__annotations__
+    assert functools.wraps(bound)(lambda: None).__module__ == __name__
+    assert type(bound).__module__ == type(function).__module__ == "aiokv.caching.decorator"
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        bound.nothing_of_that_name  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_both_forms_are_of_the_class_that_programs_name() -> None:
+    assert isinstance(greet, CachedFunction)
+    assert isinstance(Service("a").method, CachedFunction)
+    assert inspect.getdoc(type(Service("a").method)) == inspect.getdoc(CachedFunction)
 
 
 @pytest.mark.parametrize("of", [greet, Service.method, Service("a").method, Service.of_class, Service.static])
@@ -336,6 +359,52 @@ async def test_store_function_that_needs_no_instance_is_called_without(how: str,
         return name
 
     assert [await compute("a"), await compute("a"), compute.info().hits] == ["a", "a", 1]
+
+
+@pytest.mark.parametrize(
+    ("choose", "chosen"),
+    [
+        (lambda tenant: tenant, "b"),
+        (lambda anything: anything, "a"),
+        (lambda tenant, word: tenant + word, "ba"),
+        (lambda *, tenant: tenant, "b"),
+        (lambda tenant, /, times=7: tenant * (times == 7), "b"),
+        (lambda: "none", "none"),
+    ],
+)
+async def test_store_function_gets_the_arguments_that_it_names_else_the_first(choose: Callable[..., str], chosen: str) -> None:
+    stores = {name: watched_store()[1] for name in ("a", "b", "ba", "none")}
+    asked = functools.wraps(choose)(lambda *args, **kwargs: stores[choose(*args, **kwargs)])
+
+    @kv_cached(60, store=asked, key=lambda word, tenant, times: (word, tenant, times))
+    async def compute(word: str, tenant: str = "b", *, times: int = 1) -> str:
+        return word * times + tenant
+
+    for call in (compute("a"), compute(word="a"), compute("a", "b", times=1)):
+        assert await call == "ab"
+    assert await stores[chosen].get(compute.key("a")) is not None
+    assert compute.info().computations == 1
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [lambda word, other: (word, other), lambda *, other: other, lambda a, b: (a, b)],
+    ids=["another", "by name", "two"],
+)
+def test_store_function_that_asks_for_what_there_is_not_is_refused_at_decoration(choose: Any) -> None:
+    async def compute(word: str) -> str:
+        return word
+
+    with pytest.raises(
+        TypeError, match=r"compute: the function that store= names takes .*named as those of the function: \['word'\]"
+    ):
+        kv_cached(60, store=choose, key=lambda word: word)(compute)
+
+    async def nothing() -> int:
+        return 1
+
+    with pytest.raises(TypeError, match="store= names takes"):
+        kv_cached(60, store=lambda self: self.kv, key=lambda: 1)(nothing)
 
 
 class Getter:

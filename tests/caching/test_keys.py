@@ -1,6 +1,7 @@
 """The key of a call: equal calls share one, different calls never do, in every process."""
 
 import dataclasses
+import inspect
 import json
 import os
 import pathlib
@@ -335,7 +336,7 @@ def test_vary_comes_on_top_of_the_arguments() -> None:
 
 
 def test_vary_comes_on_top_of_a_key() -> None:
-    keys = {KeyMaker(plain, key=lambda _: "k", vary=lambda _, v=vary: v)((1,), {}) for vary in ("x", "y", None)}
+    keys = {KeyMaker(plain, key=lambda *_: "k", vary=lambda *_, v=vary: v)((1,), {}) for vary in ("x", "y", None)}
     assert len(keys) == 3
 
 
@@ -483,7 +484,7 @@ def test_call_is_remembered_however_many_others_come_after_a_full_generation() -
 
 def test_remembered_call_still_asks_key_and_vary() -> None:
     tenants = iter("xyx")
-    maker = KeyMaker(plain, vary=lambda _: next(tenants))
+    maker = KeyMaker(plain, vary=lambda *_: next(tenants))
     first, second, third = maker((1,), {}), maker((1,), {}), maker((1,), {})
     assert first == third != second
 
@@ -650,3 +651,87 @@ def test_call_that_cannot_be_copied_has_no_copy(value: object) -> None:
 def test_call_that_has_no_key_has_no_copy_either() -> None:
     with pytest.raises(TypeError, match="plain: the argument a"):
         KeyMaker(plain).copies((object(),), {})
+
+
+async def shaped(one: int, two: int = 2, /, three: int = 3, *more: int, four: int = 4, **named: int) -> None: ...
+
+
+async def simple(one: int, two: int = 2, *, three: int = 3) -> None: ...
+
+
+def _with_secret(one: int, two: int, three: int, secret: str = "s3cr3t", *, other: int) -> object:
+    return one, two, three, secret, other
+
+
+class Taking:
+    """A function of the program's that keeps what it is called with."""
+
+    def __init__(self, target: Callable[..., object]) -> None:
+        self.taken: list[object] = []
+        self.__signature__ = inspect.signature(target)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        self.taken.append((args, kwargs))
+        return repr((args, kwargs))
+
+
+@pytest.mark.parametrize("option", ["key", "vary"])
+@pytest.mark.parametrize(
+    ("function", "target", "call", "taken"),
+    [
+        (simple, lambda one, two, *, three: (one, two, three), ((1,), {}), ((1, 2), {"three": 3})),
+        (simple, lambda a, b, **rest: (a, b, rest), ((), {"two": 5, "one": 1}), ((1, 5), {"three": 3})),
+        (simple, lambda one, **rest: (one, rest), ((1,), {"three": 9}), ((1,), {"two": 2, "three": 9})),
+        (simple, lambda *, three, two, one: (one, two, three), ((1,), {}), ((), {"one": 1, "two": 2, "three": 3})),
+        (simple, lambda *args, **kwargs: (args, kwargs), ((1, 7), {}), ((1, 7), {"three": 3})),
+        (shaped, lambda *args, **kwargs: (args, kwargs), ((1,), {}), ((1, 2, 3), {"four": 4})),
+        (shaped, lambda *a, four, **k: (a, four, k), ((1, 2, 3, 4), {"x": 5}), ((1, 2, 3, 4), {"four": 4, "x": 5})),
+    ],
+)
+def test_key_and_vary_get_every_argument_however_the_call_spells_it(
+    option: str, function: Any, target: Callable[..., object], call: Any, taken: Any
+) -> None:
+    taking = Taking(target)
+    maker = KeyMaker(function, **{option: taking})  # type: ignore[arg-type]
+    args, kwargs = call
+    maker(args, kwargs)
+    assert taking.taken == [taken]
+
+
+def test_calls_that_mean_the_same_have_one_key_through_key_and_vary_too() -> None:
+    maker = KeyMaker(simple, key=lambda one, two, three: (one, two, three), vary=lambda *args, **kwargs: [args, kwargs])
+    assert len({maker((1,), {}), maker((1, 2), {}), maker((), {"three": 3, "two": 2, "one": 1})}) == 1
+
+
+@pytest.mark.parametrize("option", ["key", "vary"])
+@pytest.mark.parametrize(
+    ("function", "target", "message"),
+    [
+        (simple, lambda: 1, r"as \(one=one, two=two, three=three\); what is given takes \(\)"),
+        (simple, lambda one: one, r"as \(one, two=two, three=three\); what is given takes \(one\)"),
+        (simple, lambda one, two, four: (one, two, four), r"takes \(one, two, four\)"),
+        (simple, _with_secret, r"takes \(one, two, three, secret, other\)"),
+        (
+            shaped,
+            lambda one, two, three, **rest: (one, two, three, rest),
+            r"as \(one, two, three, \*more, four=four, \*\*named\)",
+        ),
+        (shaped, lambda *args: args, r"\*\*named"),
+        (simple, "one", "must be a plain function, not str"),
+        (simple, simple, "must be a plain function, not a coroutine function"),
+    ],
+)
+def test_key_or_vary_that_cannot_take_the_arguments_is_refused_at_once(
+    option: str, function: Any, target: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"{option}.*{message}") as caught:
+        KeyMaker(function, **{option: target})
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_key_that_says_nothing_of_what_it_takes_is_called_by_position() -> None:
+    async def two(one: object, two: object) -> None: ...
+
+    with pytest.raises(ValueError, match="signature"):
+        inspect.signature(max)
+    assert KeyMaker(two, key=max)((1, 2), {}) == KeyMaker(two, key=max)((), {"two": 0, "one": 2})

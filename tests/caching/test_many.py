@@ -13,7 +13,16 @@ import pytest
 from caching_under_test import MovedTime, WatchedBackend, settle, watched_store
 from typing_extensions import TypeAliasType
 
-from aiokv import AsyncKVStore, NearCache, RetryPolicy, cache_bypass, cache_refresh, kv_cached_many
+from aiokv import (
+    AsyncKVStore,
+    BatchError,
+    NearCache,
+    RetryPolicy,
+    StorageError,
+    cache_bypass,
+    cache_refresh,
+    kv_cached_many,
+)
 from aiokv.caching.many import value_type
 
 store = AsyncKVStore("many", url="memory://cached-many")
@@ -129,6 +138,41 @@ async def test_store_that_is_dead_costs_no_result() -> None:
         assert await without_store([1, 2]) == {1: User(1, "en-1"), 2: User(2, "en-2")}
     assert without_store.info().store_errors >= 3
     await without_store.aclose()
+
+
+class HalfDead(WatchedBackend):
+    """A backend that deletes only some keys."""
+
+    dead: frozenset[str] = frozenset()
+
+    async def delete(self, db_name: str, key: str) -> None:
+        if key in self.dead:
+            raise self.error
+        await super().delete(db_name, key)
+
+
+@pytest.mark.parametrize("stores", [1, 2])
+async def test_failed_invalidation_names_each_id_that_failed_and_each_that_did_not(stores: int) -> None:
+    backends = [HalfDead() for _ in range(stores)]
+    choices = [AsyncKVStore("db", backend=backend) for backend in backends]
+
+    @kv_cached_many(60, store=lambda id_: choices[id_ % stores], key=lambda id_: id_)
+    async def doubled(ids: list[int]) -> dict[int, int]:
+        return {id_: 2 * id_ for id_ in ids}
+
+    await doubled(range(6))
+    for backend in backends:
+        backend.dead = frozenset({doubled.key(1), doubled.key(2), doubled.key(5)})
+    with pytest.raises(BatchError, match="of 6 keys failed") as caught:
+        await doubled.invalidate(range(6))
+    left = [id_ for id_ in range(6) if await choices[id_ % stores].get(doubled.key(id_)) is not None]
+    assert list(caught.value.errors) == left
+    assert {1, 2, 5} <= set(left) < set(range(6))
+    assert caught.value.results == {id_: None for id_ in range(6) if id_ not in left}
+    assert all(isinstance(error, StorageError) for error in caught.value.errors.values())
+    backends[-1].error = LookupError("the backend's own")
+    with pytest.raises(LookupError):
+        await doubled.invalidate([1, 2, 3])
 
 
 async def test_method_is_bound_to_its_instance() -> None:

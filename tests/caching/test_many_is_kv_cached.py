@@ -67,6 +67,14 @@ async def test_fifty_callers_of_one_id_compute_it_once(function: Function, store
     assert (rows.info().computations, rows.info().joined) == (1, 49)
 
 
+async def test_ids_of_one_key_are_computed_once_and_each_gets_the_result(function: Function, store: AsyncKVStore) -> None:
+    rows = function.cached(store, key=lambda id_: id_ % 2)
+    assert await rows([1, 3, 5, 2]) == {1: 101, 3: 101, 5: 101, 2: 201}
+    assert await rows([5, 3]) == {5: 101, 3: 101}
+    assert function.asked == [[1, 2]]
+    assert (rows.info().computations, rows.info().joined) == (2, 3)
+
+
 async def test_callers_that_overlap_compute_each_id_once(function: Function, store: AsyncKVStore) -> None:
     rows = function.cached(store)
     gate = function.hold()

@@ -1,5 +1,6 @@
 """The cache in this process: its bound, what it keeps, and that callers cannot change what others get."""
 
+import functools
 import pickle
 import random
 import sys
@@ -226,6 +227,65 @@ async def test_immutable_result_is_shared_between_hits() -> None:
         assert first == text
         assert function.info().near_hits == 2
         await function.aclose()
+
+
+class Text(str):
+    """Equal to a plain text, and another argument."""
+
+    __slots__ = ()
+
+    def __cache_key__(self) -> str:
+        return f"Text {self}"
+
+
+class Held:
+    """Calls of several shapes, each of which returns the types of its arguments."""
+
+    async def one(self, value: object) -> str:
+        return type(value).__name__
+
+    async def two(self, value: object, other: object = 1) -> str:
+        return f"{type(value).__name__} {type(other).__name__}"
+
+    async def named(self, value: object, *, other: object) -> str:
+        return f"{type(value).__name__} {type(other).__name__}"
+
+    async def none(self) -> str:
+        return "nothing"
+
+
+CALLS = [
+    ("one", [((1,), {}), ((True,), {}), ((1.0,), {}), (("1",), {}), ((Text("1"),), {}), ((b"1",), {}), ((None,), {})]),
+    ("two", [((1, 1), {}), ((1, True), {}), ((True, 1), {}), ((1,), {}), ((True,), {}), ((1,), {"other": 1.0})]),
+    ("named", [((1,), {"other": 1}), ((1,), {"other": True}), ((True,), {"other": Text("1")}), ((1,), {"other": "1"})]),
+    ("none", [((), {})]),
+]
+
+
+@pytest.mark.parametrize("is_bound", [True, False], ids=["method", "function"])
+@pytest.mark.parametrize(("name", "calls"), CALLS, ids=[name for name, _ in CALLS])
+async def test_equal_arguments_of_other_types_are_other_calls(name: str, calls: list[Any], *, is_bound: bool) -> None:
+    cached: Any = kv_cached(60, near=NearCache(60), store=AsyncKVStore("db", url="memory://"), ignore="self")(
+        getattr(Held, name)
+    )
+    call = cached.bound_to(Held()) if is_bound else functools.partial(cached, None)
+    expected = [await getattr(Held(), name)(*args, **kwargs) for args, kwargs in calls]
+    for _ in range(3):
+        for (args, kwargs), result in zip(calls, expected, strict=True):
+            assert [await call(*args, **kwargs), await call(*args, **kwargs)] == [result, result]
+    info = cached.info()
+    assert info.near_hits == 6 * len(calls) - info.computations - info.hits
+
+
+async def test_unhashable_argument_and_a_class_that_fails_to_decode_are_the_long_way() -> None:
+    cached: Any = kv_cached(60, near=NearCache(60), store=AsyncKVStore("db", url="memory://"))(echo)
+    assert [await cached([1]), await cached([1])] == [[1], [1]]
+    await cached("x")
+    await cached("x")
+    assert cached.info().near_hits == 2
+    (slot,) = cached._cache.near.by_call.values()
+    slot.json, slot.value = b"not JSON", None
+    assert [await cached("x"), cached.info().near_hits, cached.info().computations] == ["x", 3, 2]
 
 
 async def test_mutable_result_is_decoded_for_every_hit() -> None:

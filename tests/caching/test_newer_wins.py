@@ -94,7 +94,7 @@ async def test_functions_that_are_made_and_dropped_never_share_a_near_result() -
     for number in range(50):
         store = AsyncKVStore(f"tenant-{number}", url="memory://cached-order")
 
-        @kv_cached(60, store=store, key=lambda: "one", near=near)
+        @kv_cached(60, store=store, key=lambda _: "one", near=near)
         async def tenant(number: int = number) -> int:
             return number
 

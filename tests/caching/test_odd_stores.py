@@ -122,3 +122,23 @@ async def test_prime_that_is_closed_before_it_is_stored_raises() -> None:
     with pytest.raises(StoreClosedError) as caught:
         await priming
     assert caught.value.maybe_applied
+
+
+async def test_prime_whose_task_is_cancelled_before_it_begins_says_so_at_once() -> None:
+    backend, store = watched_store()
+
+    @kv_cached(60, store=store, key=lambda: "one")
+    async def read() -> int:
+        return 1
+
+    backend.hold("set")
+    before = asyncio.all_tasks()
+    priming = asyncio.create_task(read.prime(2))
+    await asyncio.sleep(0)
+    for task in asyncio.all_tasks() - before - {priming}:
+        task.cancel()
+    async with asyncio.timeout(10):
+        with pytest.raises(StoreClosedError, match="before the result was stored"):
+            await priming
+    backend.gates.clear()
+    assert await read() == 1

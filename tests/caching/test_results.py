@@ -428,6 +428,21 @@ class Wide(float):
     pass
 
 
+@dataclasses.dataclass
+class Dated:
+    when: dt.date | str
+
+
+class Twin(pydantic.BaseModel):
+    name: str
+
+
+class OtherTwin(pydantic.BaseModel):
+    """Looks in JSON as `Twin` does."""
+
+    name: str
+
+
 def marked(result: Any) -> Any:
     """Set an attribute that no field declares."""
     object.__setattr__(result, "note", SECRET)
@@ -465,6 +480,13 @@ def changed(result: Any, **fields: Any) -> Any:
         (Rounded, Rounded(number=1.26)),
         (dt.time, dt.time(1, tzinfo=zoneinfo.ZoneInfo("Europe/Oslo"))),
         (tuple[dt.datetime], (dt.datetime(2024, 1, 1, fold=1),)),  # noqa: DTZ001
+        (dt.date | str, "2020-01-01"),
+        (list[dt.date | str | None], ["2020-01-01", None]),
+        (uuid.UUID | str, str(uuid.UUID(int=1))),
+        (decimal.Decimal | str, "1.5"),
+        (bytes | str, SECRET),
+        (Dated, Dated("2020-01-01")),
+        (Twin | OtherTwin, OtherTwin(name=SECRET)),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -473,6 +495,31 @@ def test_value_or_state_that_would_not_come_back_is_not_storable_and_never_shown
         codec_of(returns).dump(result)
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("returns", "result"),
+    [
+        (dt.date | str, "a day"),
+        (dt.date | str, dt.date(2020, 1, 1)),
+        (uuid.UUID | str, "x"),
+        (Dated, Dated(dt.date(2020, 1, 1))),
+        (Twin | OtherTwin, Twin(name="m")),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_value_that_its_json_tells_from_others_of_a_union_comes_back(returns: Any, result: object) -> None:
+    assert round_trip(codec_of(returns), result) == result
+
+
+@pytest.mark.parametrize(
+    ("returns", "result"),
+    [(str | dt.date, dt.date(2020, 1, 1)), (list[int] | tuple[int, ...], (1,)), (dt.date | str, 5), (dt.date | str, b"x")],
+    ids=lambda value: repr(value)[:40],
+)
+def test_type_that_never_comes_back_under_its_union_stays_a_type_error(returns: Any, result: object) -> None:
+    with pytest.raises(TypeError, match="returns="):
+        codec_of(returns).dump(result)
 
 
 @pytest.mark.parametrize(

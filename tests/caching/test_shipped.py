@@ -18,7 +18,7 @@ from caching_under_test import Events
 from helpers import REPOSITORY, clean_environment
 from shipped_project import APP, LIBRARY, RUN, SEND, ship
 
-from aiokv import AsyncKVStore, CachedFunction, Encrypted, NearCache, Zstd, kv_cached
+from aiokv import AsyncKVStore, Encrypted, NearCache, Zstd, kv_cached
 from aiokv.caching.naming import canonical_module, module_of
 
 cloudpickle = pytest.importorskip("cloudpickle", reason="cloudpickle comes with fal: pip install 'aiokv[dev]'")
@@ -233,7 +233,7 @@ async def test_near_cache_arrives_empty_and_shared_by_those_that_shared_it(modul
     await module.first(1)
     first, third, near = ship((module.first, module.third, module.near))
     assert (near.size_bytes, near.ttl_seconds) == (0, 30)
-    assert first._near.near is third._near.near is near is not module.near
+    assert first._cache.near.near is third._cache.near.near is near is not module.near
     assert [await first(1), await first(1), await third(1)] == [{"n": 1}] * 3
     assert (first.info().near_hits, len(near.slots)) == (1, 2)
 
@@ -263,7 +263,9 @@ def test_shipped_function_looks_like_the_function_before_its_first_call(module: 
     shipped = ship(module.second)
     assert (shipped.__name__, shipped.__module__, shipped.__doc__) == ("second", "not_to_be_imported", "Count.")
     assert shipped.told == "by the program"
-    assert "_cache" not in [name for name in CachedFunction.__slots__ if hasattr(shipped, name)]
+    with pytest.raises(AttributeError):
+        # Without `__getattr__`, which would build it.
+        object.__getattribute__(shipped, "_cache")
     assert inspect.signature(shipped) == inspect.signature(module.second)
     assert asyncio.iscoroutinefunction(shipped)
     assert inspect.iscoroutinefunction(shipped)

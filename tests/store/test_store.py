@@ -145,6 +145,21 @@ async def test_batch_keeps_to_its_concurrency(counting: tuple[CountingBackend, s
     assert backend.most_under_way == 3
 
 
+async def test_batch_that_is_answered_at_once_needs_no_other_task() -> None:
+    class Backend(MemoryBackend):
+        async def get(self, db_name: str, key: str) -> str | None:
+            tasks.add(asyncio.current_task())
+            return await super().get(db_name, key)
+
+    tasks: set[asyncio.Task[Any] | None] = set()
+    store = AsyncKVStore("db", backend=Backend())
+    keys = [f"k{i}" for i in range(100)]
+    assert await store.get_many(keys) == dict.fromkeys(keys)
+    assert tasks == {asyncio.current_task()}
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_failed_batch_says_which_keys_were_set_failed_and_not_attempted(counting: tuple[CountingBackend, str]) -> None:
     _, url = counting
     store = AsyncKVStore("db", url=url, concurrency=2)
