@@ -23,6 +23,9 @@ def kv_server(request: pytest.FixtureRequest) -> "Iterator[KVServer]":
 
     `@pytest.mark.parametrize("kv_server", ["memory", "sqlite"], indirect=True)` runs a test over a SQLite file, too.
     """
+    from aiokv.server.extra import require_extra  # noqa: PLC0415 (see above)
+
+    require_extra("the fixture kv_server")
     from aiokv.testing.background import in_thread, kv_server  # noqa: PLC0415 (see above)
 
     kind = getattr(request, "param", "memory")
@@ -59,11 +62,13 @@ def flaky_kv(kv_server: "KVServer", kv_store: "AsyncKVStore") -> "Iterator[Flaky
     waits between attempts. An attempt of `flaky_kv.store` takes at most a second.
     """
     from aiokv import AsyncKVStore  # noqa: PLC0415 (see above)
+    from aiokv.backends.http.availability import reset_hosts  # noqa: PLC0415 (see above)
     from aiokv.backends.http.retry import reset_quotas  # noqa: PLC0415 (see above)
     from aiokv.testing import FaultProxy, disable_backoff  # noqa: PLC0415 (see above)
     from aiokv.testing.background import FLAKY_RETRY, FlakyKV, in_thread  # noqa: PLC0415 (see above)
 
-    # An earlier test may have spent the retry quota of the same port.
+    # An earlier test may have spent the retry quota of the same port, or lost the host there.
     reset_quotas()
+    reset_hosts()
     with disable_backoff(), in_thread(lambda: FaultProxy(kv_server.url)) as proxy:
         yield FlakyKV(AsyncKVStore(kv_store.db_name, url=proxy.url, retry=FLAKY_RETRY), proxy)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from aiokv.errors import AioKVError
 from aiokv.limits import MAX_VALUE_BYTES, check_value_size
+from aiokv.maintenance_commands import add_maintenance_commands
 from aiokv.store import AsyncKVStore
 
 _ABSENT = 1
@@ -36,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the key is absent, 2 failed.
     """
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(arguments[0] if arguments else "")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(_refuse(arguments[0], unknown))
     import logging  # noqa: PLC0415 (after the arguments: `--help` needs none of it)
 
     logging.basicConfig(format="aiokv: %(message)s", level=logging.WARNING)
@@ -56,7 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _refuse(command: str, unknown: Sequence[str]) -> str:
+    """Return the message of arguments that no command takes."""
+    message = f"unrecognized arguments: {' '.join(unknown)}"
+    if command != "serve":
+        return message
+    from aiokv.server.options import nearest_flag  # noqa: PLC0415 (only for this message)
+
+    near = next(filter(None, map(nearest_flag, unknown)), None)
+    return f"{message}; did you mean {near}?" if near else message
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """Return the parser; `serve` and `access`, which have many flags, have them where they are the command."""
     parser = argparse.ArgumentParser(
         prog="aiokv", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,38 +83,27 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="serve a store over HTTP",
-        description="Serve a store over HTTP until SIGTERM or Ctrl-C. One line on standard error gives the address once "
-        "connections are accepted.",
+        description="Serve a store over HTTP until SIGTERM or Ctrl-C; a second one, half a second later or more, ends it at "
+        "once. One line on standard error gives the address once connections are accepted. SIGHUP reads access file, "
+        "certificate and configuration again, and opens the log file again.",
+        epilog="Each option can stand in the environment, such as AIOKV_SERVE_MAX_CONNECTIONS, or in the file of --config, "
+        "such as `max-connections = 1000`. The first of flag, environment, file and default counts. `none` lifts a bound.",
+        allow_abbrev=False,
     )
-    serve.add_argument("--store", metavar="URL", default="sqlite:///kv.db", help="where values live (default: %(default)s)")
-    serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8787, help="port to bind, 0 for a free one (default: %(default)s)")
-    serve.add_argument(
-        "--access-file",
-        metavar="F",
-        help="the accounts, made by `aiokv access add`; without it the server binds to loopback and lets everybody in",
-    )
-    serve.add_argument("--tls-cert", metavar="F", help="PEM certificate chain; without it the server speaks plain HTTP")
-    serve.add_argument("--tls-key", metavar="F", help="PEM key of the certificate, where --tls-cert does not hold it")
+    if command == "serve":
+        from aiokv.server.options import add_flags  # noqa: PLC0415 (likewise)
+
+        add_flags(serve)
     serve.set_defaults(run=_serve)
 
     access = commands.add_parser(
-        "access",
-        help="make keys for `aiokv serve --access-file`",
-        description="Make keys for `aiokv serve --access-file`. Each account sees stores of its own. The file is text, one key "
-        "a line; it keeps hashes of the secrets and the key that signs tokens, so keep it private.",
+        "access", help="make, list and revoke keys for `aiokv serve --access-file`, and limit accounts"
     )
-    access_commands = access.add_subparsers(required=True, metavar="command")
-    add = access_commands.add_parser(
-        "add",
-        help="make a key for an account",
-        description="Make a key for an account and print it, once; the file keeps a hash only. An account that has a key "
-        "gets a second one. To revoke a key, remove its line from the file; a running server notices.",
-    )
-    add.add_argument("account", metavar="ID", help="1 to 64 letters, digits, '.', '_' or '-'; its stores are its own")
-    add.add_argument("--access-file", metavar="F", required=True, help="the access file; made where it is absent")
-    add.set_defaults(run=_access_add)
+    if command == "access":
+        from aiokv.access_commands import add_access_commands  # noqa: PLC0415 (likewise)
 
+        add_access_commands(access)
+    add_maintenance_commands(commands)
     get = _entry_command(commands, "get", "print a value; exit status 1 where there is none")
     get.set_defaults(run=_get)
     set_ = _entry_command(commands, "set", "store a value")
@@ -142,31 +148,9 @@ def _parse_seconds(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from aiokv.server.serve import serve  # noqa: PLC0415 (the other commands need no server)
+    from aiokv.server.command import serve  # noqa: PLC0415 (the other commands need no server)
 
-    asyncio.run(
-        serve(
-            options.store,
-            host=options.host,
-            port=options.port,
-            access_file=options.access_file,
-            tls_cert=options.tls_cert,
-            tls_key=options.tls_key,
-        )
-    )
-    return 0
-
-
-def _access_add(options: argparse.Namespace) -> int:
-    from aiokv.server.access import add_key  # noqa: PLC0415 (likewise)
-
-    key = add_key(options.access_file, options.account)
-    print(key)
-    print(
-        f"aiokv: this key of {options.account} is shown once and stored nowhere; clients pass it as AIOKV_KEY",
-        file=sys.stderr,
-    )
-    return 0
+    return serve(vars(options))
 
 
 def _get(options: argparse.Namespace) -> int:

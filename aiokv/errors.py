@@ -18,7 +18,8 @@ AioKVError
     ├── UnavailableError                 5xx: the service failed
     ├── ResponseError                    the answer is not of this protocol
     ├── StorageError                     an embedded store cannot read or write its file
-    │   └── StorageFullError             its disk is full; nothing was stored
+    │   ├── StorageFullError             its disk is full; nothing was stored
+    │   └── CorruptValueError            the value it holds is damaged; set or delete the key
     └── StoreClosedError                 the store was closed while the call was under way
 ```
 
@@ -132,6 +133,8 @@ class TransportError(CallError):
     """The connection broke while the request was under way."""
 
     transient_by_default = True
+    broke_with_host = False
+    """Whether the whole host was lost, rather than one connection; then sending again draws on no quota."""
 
 
 class CallTimeoutError(CallError, TimeoutError):
@@ -174,6 +177,10 @@ class StorageError(CallError):
 
 class StorageFullError(StorageError):
     """An embedded store's disk is full; nothing was stored."""
+
+
+class CorruptValueError(StorageError):
+    """The stored value does not match its checksum; the key can be set anew or deleted."""
 
 
 class StoreClosedError(CallError):

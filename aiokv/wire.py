@@ -16,6 +16,7 @@ from urllib.parse import quote
 import orjson
 
 from aiokv import clock
+from aiokv.bounded_json import parse_object, parse_sole_value
 from aiokv.errors import (
     AuthenticationError,
     CallError,
@@ -41,6 +42,8 @@ TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 # Not implemented, unknown version, no room left: the server says that it did nothing.
 _REFUSING_STATUSES = frozenset({501, 505, 507})
 
+# Most names need neither decoding nor a closer look: they begin with a letter or digit, and are far from any limit.
+_PLAIN_ENTRY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._~-]{0,63})/([A-Za-z0-9][A-Za-z0-9._~:-]{0,499})")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _MAX_DETAIL_CHARS = 200
@@ -80,6 +83,8 @@ def parse_entry_path(entry: str) -> tuple[str, str]:
     Raises:
         ValueError: An escape is malformed, the bytes are not UTF-8, or a name is not acceptable.
     """
+    if plain := _PLAIN_ENTRY.fullmatch(entry):
+        return plain[1], plain[2]
     raw_db_name, separator, raw_key = entry.partition("/")
     if not separator:
         raise ValueError("path must be /{verb}/{db_name}/{key}")
@@ -150,17 +155,16 @@ def parse_value_body(body: bytes) -> str:
     Raises:
         ValueError: The body is not a JSON object with a text under `value`; the message quotes nothing of it.
     """
-    try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        # Not chained: the decoder's error holds the whole body.
-        answer = None
-    if not isinstance(answer, dict) or not isinstance(answer.get("value"), str):
+    value = parse_sole_value(body)
+    if value is None:
+        answer = parse_object(body)
+        value = answer.get("value") if answer is not None else None
+    if not isinstance(value, str):
         # One kind of error for every fault of a body.
         raise ValueError(  # noqa: TRY004
             f'the answer\'s body ({len(body):,} bytes) is not a JSON object {{"value": "<text>"}}'
         )
-    return str(answer["value"])
+    return value
 
 
 def check_done_body(body: bytes) -> None:
@@ -172,12 +176,8 @@ def check_done_body(body: bytes) -> None:
     Raises:
         ValueError: The body is not a JSON object; the message quotes nothing of it.
     """
-    try:
-        done = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        done = None
-    if not isinstance(done, dict):
-        raise ValueError(f"the answer's body ({len(body):,} bytes) is not a JSON object")  # noqa: TRY004 (as of a get)
+    if parse_object(body) is None:
+        raise ValueError(f"the answer's body ({len(body):,} bytes) is not a JSON object")
 
 
 def error_body(message: str) -> bytes:

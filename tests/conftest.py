@@ -9,6 +9,7 @@ import pytest
 from helpers import FakeClock
 from hypothesis import settings
 
+from aiokv.backends.http.availability import reset_hosts
 from aiokv.backends.http.retry import reset_quotas
 
 # Machines differ in speed; the time limit of a test is pytest's. Derandomised, so that a failure is the same everywhere.
@@ -53,6 +54,7 @@ def no_credentials_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_fac
         "AIOKV_URL",
         "FAL_CONFIG_PATH",
         "FAL_FORCE_AUTH_BY_USER",
+        "FAL_GRPC_HOST",
         "FAL_HOME_DIR",
         "FAL_HOST",
         "FAL_KEY",
@@ -67,9 +69,10 @@ def no_credentials_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_fac
 
 
 @pytest.fixture(autouse=True)
-def full_retry_quotas() -> None:
-    """Keep tests from what others have spent on a port that is taken again."""
+def hosts_like_new() -> None:
+    """Keep tests from what others have spent, and seen refused, on a port that is taken again."""
     reset_quotas()
+    reset_hosts()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -48,24 +48,35 @@ def clean_environment(home: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def served_process(*arguments: str, home: Path) -> Generator[tuple[subprocess.Popen[str], str]]:
-    """Run `aiokv serve` as a process of its own; yield it and its address once it accepts connections."""
+def serving(command: Sequence[str], home: Path, *descriptors: int, **environment: str) -> Generator[subprocess.Popen[str]]:
+    """Run a program of Python as a process of its own, and kill it at the end."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "aiokv", "serve", "--port", "0", *arguments],
+        [sys.executable, *command],
+        env={**clean_environment(home), **environment},
+        pass_fds=descriptors,
         stderr=subprocess.PIPE,
         text=True,
-        env=clean_environment(home),
+        cwd=home,
     )
     try:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        assert " at http" in line, f"no address announced: {line!r}"
-        yield process, line.split(" at ", 1)[1].split(",")[0].strip()
+        yield process
     finally:
         process.kill()
         process.wait()
         assert process.stderr is not None
         process.stderr.close()
+
+
+@contextlib.contextmanager
+def served_process(
+    *arguments: str, home: Path, command: Sequence[str] = ("-m", "aiokv"), **environment: str
+) -> Generator[tuple[subprocess.Popen[str], str]]:
+    """Run `aiokv serve` as a process of its own; yield it and its address once it accepts connections."""
+    with serving([*command, "serve", "--port", "0", *arguments], home, **environment) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert " at http" in line, f"no address announced: {line!r}"
+        yield process, line.split(" at ", 1)[1].split(",")[0].strip()
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float = 10.0) -> None:

@@ -73,11 +73,9 @@ def test_import_loads_neither_http_nor_retries_nor_databases() -> None:
 
 BASE_SCRIPT = """
 import asyncio, importlib.util, sys
-for extra in ("jwt", "fal", "pytest"):
+for extra in ("jwt", "httptools", "fal", "pytest"):
     assert importlib.util.find_spec(extra) is None, extra
-from aiokv import AsyncKVStore
-from aiokv.backends.memory import MemoryBackend
-from aiokv.server import running_server
+from aiokv import AsyncKVStore, ConfigurationError
 async def use(url):
     async with AsyncKVStore("db", url=url) as store:
         await store.set_json("k", [1])
@@ -86,10 +84,12 @@ async def use(url):
 async def main():
     await use("memory://")
     await use(f"sqlite:///{sys.argv[1]}/kv.db")
-    async with running_server(MemoryBackend()) as address:
-        await use(address)
 asyncio.run(main())
-print("works")
+try:
+    from aiokv.server import running_server
+except ConfigurationError as error:
+    assert "pip install 'aiokv[server]'" in str(error)
+    print("works")
 """
 
 

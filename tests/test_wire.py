@@ -1,5 +1,7 @@
 """The pure parts of the protocol: what one side writes, the other reads, and nothing else passes."""
 
+import time
+import tracemalloc
 from datetime import UTC, datetime
 
 import orjson
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiokv.wire import (
+    check_done_body,
     error_detail,
     error_for_status,
     is_loopback,
@@ -51,10 +54,67 @@ def test_body_that_is_no_value_is_refused_without_being_shown(body: bytes) -> No
     assert caught.value.__context__ is None
 
 
+BRACKETS = b"[" + b"[]," * 3_800_000 + b"[]]"
+TEXTS = b"[" + b'"",' * 3_800_000 + b'""]'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"value": %s}' % BRACKETS,
+        b'{"value": "v", "more": %s}' % BRACKETS,
+        b'{"more": %s, "value": "v"}' % TEXTS,
+        BRACKETS,
+        b'"' * 11_000_000,
+        b'{"value": "' + b'\\"' * 5_000_000,
+    ],
+    ids=["value", "beside", "texts", "no object", "quotation marks", "unended"],
+)
+def test_answer_of_brackets_takes_neither_memory_nor_time(body: bytes) -> None:
+    tracemalloc.start()
+    started = time.process_time()
+    try:
+        with pytest.raises(ValueError, match="is not a JSON object"):
+            parse_value_body(body)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2 * len(body)
+    assert time.process_time() - started < 10
+
+
+def test_done_answer_of_brackets_takes_no_memory() -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="is not a JSON object"):
+            check_done_body(b'{"done": %s}' % BRACKETS)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2 * len(BRACKETS)
+
+
+@pytest.mark.parametrize("text", ["x" * 1_900_000, '"\\\n\0é\U0001f600' * 100_000, "}" * 100_000, '","value":"' * 10_000])
+@pytest.mark.parametrize(
+    "form", ['{{"value":{0}}}', ' {{\n"value" :\t{0} }}\n', '{{"value":"old","value":{0}}}', '{{"a":{0},"value":{0}}}']
+)
+def test_large_value_is_read_in_every_form_of_the_object(text: str, form: str) -> None:
+    assert parse_value_body(form.format(orjson.dumps(text).decode()).encode()) == text
+
+
+@pytest.mark.parametrize("more", [b', "n": 1', b', "list": [1, 2, {"a": "]"}]', b', "value": "last"'])
+def test_large_value_is_read_beside_other_members(more: bytes) -> None:
+    body = b'{"value": "%s"%s}' % (b"x" * 100_000, more)
+    assert parse_value_body(body) == orjson.loads(body)["value"]
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
         (None, None),
+        ("9" * 400, float("inf")),
+        ("Fri, 31 Dec 9999 23:59:59 -2359", 251_635_118_339.0),
+        ("Mon, 01 Jan 0001 00:00:00 +2359", 0.0),
         ("0", 0.0),
         ("120", 120.0),
         (" 7 ", 7.0),

@@ -2,10 +2,18 @@
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple, Protocol, runtime_checkable
+
+from aiokv.errors import ConfigurationError
+from aiokv.record import Record
 
 Clock = Callable[[], float]
 """Return the present as seconds since the epoch; injected so that tests can move time."""
+
+
+is_patient: ContextVar[bool] = ContextVar("aiokv_is_patient", default=True)
+"""Whether calls may wait for a store that takes no connections. A cache says no: to compute is quicker."""
 
 
 class Backend(Protocol):
@@ -82,8 +90,68 @@ class ImmediateBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class QueueingBackend(Protocol):
+    """A backend that queues a set in one step and tells of its end, so that its server needs no task for it."""
+
+    def set_soon(self, db_name: str, key: str, value: str, ttl_seconds: int, done: Callable[[Exception | None], None]) -> None:
+        """Queue a set.
+
+        Args:
+            db_name: The namespace.
+            key: The key.
+            value: The value.
+            ttl_seconds: Its time to live.
+            done: Called once, in the loop and after this call has returned: with None once `set` would return, else with
+                the error that it would raise.
+
+        Raises:
+            WouldWaitError: Nothing can be queued now; `set` waits until it can be.
+            CallError: Nothing was queued.
+        """
+        ...
+
+
 class WouldWaitError(Exception):
     """A backend cannot answer in this very step; await its coroutine instead."""
+
+
+class HostingOptions(Record, kw_only=True):
+    """What a server asks of the file that holds its values; backends without a file ignore the first two.
+
+    Args:
+        min_free_bytes: Free disk below which nothing more is stored, unless pages of the file are free for it; 0 for no floor.
+        ballast_bytes: Size of a file beside the store that is deleted when deletes need its room; 0 for none.
+        quick_check: Whether the file is checked when it is opened.
+
+    Raises:
+        TypeError: A size is no integer.
+        ConfigurationError: A size is negative.
+    """
+
+    min_free_bytes: int = 0
+    ballast_bytes: int = 0
+    quick_check: bool = False
+
+    def __post_init__(self) -> None:
+        for name, size in (("min_free_bytes", self.min_free_bytes), ("ballast_bytes", self.ballast_bytes)):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name} must be int, not {type(size).__name__}")
+            if size < 0:
+                raise ConfigurationError(f"{name} is {size}; it must be 0 or more")
+
+
+def account_of(db_name: str) -> str:
+    """Return the account whose usage a namespace counts for.
+
+    Args:
+        db_name: The namespace.
+
+    Returns:
+        What stands before its first `:`, "" where there is none.
+    """
+    account, separator, _ = db_name.partition(":")
+    return account if separator else ""
 
 
 class Usage(NamedTuple):
@@ -120,7 +188,8 @@ class HostedBackend(Protocol):
             account: What stands before the first `:` of its namespaces; "" for the namespaces without one.
 
         Returns:
-            The usage, those of other processes of the same store included.
+            The usage, those of other processes of the same store included; zero before the store is open. Writes that have not
+            been answered are not in it.
         """
         ...
 

@@ -6,9 +6,10 @@ import threading
 import weakref
 
 from aiokv import clock as process_clock
-from aiokv.backends.base import Clock
+from aiokv.backends.base import Clock, Gauges, Usage, account_of
 
 _SWEEP_PER_SET = 2
+_NOTHING = Usage(0, 0)
 
 
 class MemoryBackend:
@@ -22,34 +23,71 @@ class MemoryBackend:
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock
-        self._entries: dict[tuple[str, str], tuple[str, float]] = {}
+        self._entries: dict[tuple[str, str], tuple[str, float, int]] = {}
         self._expiries: list[tuple[float, str, str]] = []
+        self._usage: dict[str, Usage] = {}
+        self._expired = 0
         self._lock = threading.Lock()
         _backends.add(self)
 
-    async def get(self, db_name: str, key: str) -> str | None:
-        """Read a value; see `Backend.get`."""
+    def get_now(self, db_name: str, key: str) -> str | None:
+        """Read a value; see `ImmediateBackend.get_now`. Never raises `WouldWaitError`."""
         entry = self._entries.get((db_name, key))
         if entry is None:
             return None
         now = process_clock.now() if self._clock is None else self._clock()
         return entry[0] if now < entry[1] else None
 
+    async def get(self, db_name: str, key: str) -> str | None:
+        """Read a value; see `Backend.get`."""
+        return self.get_now(db_name, key)
+
     async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
         """Store a value; see `Backend.set`."""
         now = process_clock.now() if self._clock is None else self._clock()
+        size_bytes = len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
         with self._lock:
             self._sweep(now)
-            self._entries[db_name, key] = (value, now + ttl_seconds)
+            self._note(db_name, self._entries.get((db_name, key)), size_bytes)
+            self._entries[db_name, key] = (value, now + ttl_seconds, size_bytes)
             heapq.heappush(self._expiries, (now + ttl_seconds, db_name, key))
 
     async def delete(self, db_name: str, key: str) -> None:
         """Delete an entry; see `Backend.delete`."""
         with self._lock:
-            self._entries.pop((db_name, key), None)
+            entry = self._entries.pop((db_name, key), None)
+            if entry is not None:
+                self._note(db_name, entry, None)
 
     async def aclose(self) -> None:
         """Do nothing: the values live as long as this object."""
+
+    def usage(self, account: str) -> Usage:
+        """Count what an account stores; see `HostedBackend.usage`."""
+        return self._usage.get(account, _NOTHING)
+
+    async def health(self) -> str | None:
+        """Return None: a write to memory succeeds; see `HostedBackend.health`."""
+        return None
+
+    def gauges(self) -> Gauges:
+        """Return the present figures; see `HostedBackend.gauges`."""
+        with self._lock:
+            value_bytes = sum(usage.value_bytes for usage in self._usage.values())
+        return Gauges(entries=len(self._entries), value_bytes=value_bytes, expired=self._expired)
+
+    def _note(self, db_name: str, replaced: tuple[str, float, int] | None, size_bytes: int | None) -> None:
+        """Count an entry that is set (`size_bytes`) or deleted (None) in place of another one."""
+        account = account_of(db_name)
+        value_bytes, entries = self._usage.get(account, _NOTHING)
+        if replaced is not None:
+            value_bytes, entries = value_bytes - replaced[2], entries - 1
+        if size_bytes is not None:
+            value_bytes, entries = value_bytes + size_bytes, entries + 1
+        if entries:
+            self._usage[account] = Usage(value_bytes, entries)
+        else:
+            del self._usage[account]
 
     def _sweep(self, now: float) -> None:
         for _ in range(_SWEEP_PER_SET):
@@ -60,9 +98,11 @@ class MemoryBackend:
             # The entry may have been set again since; then a later item of the heap stands for it.
             if entry is not None and entry[1] <= expires_at:
                 del self._entries[db_name, key]
+                self._note(db_name, entry, None)
+                self._expired += 1
         # Keys that were set again or deleted leave items behind, which would stay until their expiry, up to 30 days.
         if len(self._expiries) > 2 * len(self._entries) + 1024:
-            self._expiries = [(expires_at, *name) for name, (_, expires_at) in self._entries.items()]
+            self._expiries = [(expires_at, *name) for name, (_, expires_at, _) in self._entries.items()]
             heapq.heapify(self._expiries)
 
 

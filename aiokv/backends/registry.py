@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
     from urllib.parse import SplitResult
 
+    from yarl import URL
+
 DEFAULT_URL = "https://kv.fal.media"
 ENTRY_POINT_GROUP = "aiokv.backends"
 
@@ -123,7 +125,7 @@ def open_backend(url: str, options: ClientOptions | None = None) -> Backend:
 
     Args:
         url: As for `check_url`. A backend behind `http(s)` needs a running event loop.
-        options: Credentials and the connection pool, for schemes to which they apply.
+        options: Credentials, the connection pool and what a server asks, for schemes to which they apply.
 
     Returns:
         The backend.
@@ -133,7 +135,26 @@ def open_backend(url: str, options: ClientOptions | None = None) -> Backend:
         CredentialsError: The credentials are malformed or would travel in the clear.
     """
     scheme = check_url(url)
+    if options is not None and options.hosting is not None and options.hosting.quick_check and not scheme.takes_quick_check:
+        raise ConfigurationError(f"quick_check needs a store with a file of its own (sqlite:///kv.db), not {redacted_url(url)}")
     return scheme.open(canonical_url(url), ClientOptions() if options is None else options)
+
+
+def sqlite_path_of(url: str) -> str:
+    """Return the file of a store, for what works on the file itself.
+
+    Args:
+        url: `sqlite:///relative` or `sqlite:////absolute`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigurationError: The URL names no SQLite file.
+    """
+    if check_url(url) is not _SCHEMES["sqlite"]:
+        raise ConfigurationError(f"{redacted_url(url)} is no SQLite file; write sqlite:///kv.db")
+    return _sqlite_path(url)
 
 
 def with_client_options(backend: Backend, url: str, options: ClientOptions) -> Backend:
@@ -241,10 +262,10 @@ def _check_sqlite(url: str, _parts: "SplitResult") -> None:
         raise ConfigurationError("sqlite:///:memory: is not supported; use memory://")
 
 
-def _open_sqlite(url: str, _options: ClientOptions) -> Backend:
+def _open_sqlite(url: str, options: ClientOptions) -> Backend:
     from aiokv.backends.sqlite import SqliteBackend  # noqa: PLC0415
 
-    return SqliteBackend(_sqlite_path(url))
+    return SqliteBackend(_sqlite_path(url), hosting=options.hosting)
 
 
 def _sqlite_path(url: str) -> str:
@@ -260,20 +281,28 @@ def _check_http(url: str, parts: "SplitResult") -> None:
         raise ConfigurationError(f"url {truncated(url)} names no host")
 
 
-def _canonical_http(url: str) -> str:
+def _http_address(url: str) -> "URL":
     from yarl import URL  # noqa: PLC0415
 
+    try:
+        address = URL(url)
+        # A host has to be shown, and to be resolved.
+        _ = address.host, (address.raw_host or "").encode("idna")
+    except ValueError:
+        raise ConfigurationError(f"url {truncated(redacted_url(url))} names no valid host; {_known_forms()}") from None
+    return address
+
+
+def _canonical_http(url: str) -> str:
     # As the client sends it: escapes that need not be are decoded, dot segments are resolved.
-    address = URL(url)
+    address = _http_address(url)
     return f"{address.scheme}://{address.host_port_subcomponent}{address.raw_path.rstrip('/')}"
 
 
 def _open_http(url: str, options: ClientOptions) -> Backend:
-    from yarl import URL  # noqa: PLC0415
-
     from aiokv.backends.http.backend import RemoteBackend  # noqa: PLC0415
 
-    return RemoteBackend(URL(url), credentials=options.credentials, options=options.http)
+    return RemoteBackend(_http_address(url), credentials=options.credentials, options=options.http)
 
 
 def _with_http_options(backend: Backend, options: ClientOptions) -> Backend:
@@ -298,6 +327,7 @@ _SCHEMES = {
         open=_open_sqlite,
         check=_check_sqlite,
         canonical=lambda url: f"sqlite:///{os.path.realpath(_sqlite_path(url))}",
+        takes_quick_check=True,
         module="aiokv.backends.sqlite",
         example="sqlite:///kv.db (relative), sqlite:////path/kv.db (absolute)",
     ),

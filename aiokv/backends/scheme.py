@@ -4,7 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Self
 
-from aiokv.backends.base import Backend
+from aiokv.backends.base import Backend, HostingOptions
 from aiokv.backends.http.hedge import HedgePolicy
 from aiokv.backends.http.options import Credentials, HttpOptions, check_key_form
 from aiokv.backends.http.retry import RetryPolicy
@@ -22,6 +22,7 @@ class ClientOptions(Record, kw_only=True):
         retry: Attempts, timeouts and waits.
         http: The connection pool.
         hedge: When a late read is sent a second time; None never.
+        hosting: What a server asks of the file that holds its values; None where the values are a program's own.
 
     Raises:
         TypeError: An option is of another type.
@@ -32,6 +33,7 @@ class ClientOptions(Record, kw_only=True):
     retry: RetryPolicy = RetryPolicy()
     http: HttpOptions = HttpOptions()
     hedge: HedgePolicy | None = None
+    hosting: HostingOptions | None = None
 
     def __post_init__(self) -> None:
         credentials = self.credentials
@@ -105,6 +107,7 @@ class Scheme(Record, kw_only=True):
         with_client_options: Return the view of a shared backend that obeys other `retry` and `hedge`; None where `retry`,
             `http` and `hedge` mean nothing to the backend.
         takes_credentials: Whether `credentials` mean something to the backend.
+        takes_quick_check: Whether the backend obeys `hosting.quick_check`; elsewhere that option is refused.
         module: A module to import ahead of the first call, or None.
         example: How such a URL is written, for messages.
     """
@@ -114,6 +117,7 @@ class Scheme(Record, kw_only=True):
     canonical: Callable[[str], str] = str
     with_client_options: Callable[[Backend, ClientOptions], Backend] | None = None
     takes_credentials: bool = False
+    takes_quick_check: bool = False
     module: str | None = None
     example: str = ""
 

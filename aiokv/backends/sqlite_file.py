@@ -1,55 +1,52 @@
-"""A SQLite file of entries: how it is made, checked and opened, its statements, and its errors in aiokv's words."""
+"""A SQLite file of entries: how it is opened, told from other files, and its errors in aiokv's words."""
 
+import logging
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
+from aiokv.backends import sqlite_schema
+from aiokv.backends.sqlite_disk import CHECKPOINT_PAGES, Disk
 from aiokv.errors import ConfigurationError, StorageError, StorageFullError
 
-APPLICATION_ID: Final = 0x61696F6B  # "aiok"
-SCHEMA_VERSION: Final = 1
+logger = logging.getLogger("aiokv")
+
+Identity = tuple[tuple[int, int] | None, ...]
+
 BUSY_TIMEOUT_SECONDS = 10.0
-_CHECKPOINT_PAGES = 4_000
 _WAL_LIMIT_BYTES = 64 * 1024 * 1024
-
-_SCHEMA = """
-CREATE TABLE entries (
-    db_name TEXT NOT NULL,
-    key TEXT NOT NULL,
-    expires_at REAL NOT NULL,
-    value TEXT NOT NULL,
-    UNIQUE (db_name, key)
-) STRICT;
-CREATE INDEX entries_by_expiry ON entries (expires_at);
-"""
-GET = "SELECT value FROM entries WHERE db_name = ? AND key = ? AND expires_at > ?"
-SET = """
-INSERT INTO entries (db_name, key, expires_at, value) VALUES (?, ?, ?, ?)
-ON CONFLICT (db_name, key) DO UPDATE SET expires_at = excluded.expires_at, value = excluded.value
-"""
-_VERSION = """
-SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id, pragma_user_version
-"""
-DELETE = "DELETE FROM entries WHERE db_name = ? AND key = ?"
-SWEEP = "DELETE FROM entries WHERE rowid IN (SELECT rowid FROM entries WHERE expires_at <= ? LIMIT ?)"
+_MMAP_BYTES = 512 * 1024 * 1024
+_SIDE_FILES = ("", "-wal", "-shm")
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
-def identity_of(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from every other, whatever its name.
+def identity_of(path: Path) -> Identity:
+    """Return what tells a file, its log and its shared index from all others, whatever their names.
 
     Args:
         path: The file.
 
     Returns:
-        Device and inode, or None where there is no file.
+        Device and inode of each, None for one that is not there.
+    """
+    return tuple(_inode_of(f"{path}{suffix}") for suffix in _SIDE_FILES)
+
+
+def log_bytes(path: Path) -> int:
+    """Return the size of a file's log.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Bytes, 0 where there is no log.
     """
     try:
-        status = os.stat(path)  # noqa: PTH116 (called before each commit: Path.stat is slower)
+        return os.stat(f"{path}-wal").st_size  # noqa: PTH116 (as above)
     except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return 0
 
 
 def connect(path: Path, *, busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS) -> sqlite3.Connection:
@@ -68,96 +65,64 @@ def connect(path: Path, *, busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS) -
     connection = sqlite3.connect(path, timeout=busy_timeout_seconds, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
+        # Where the library's default is ON, each delete writes zeros over the whole value, which takes room and time.
+        connection.execute("PRAGMA secure_delete = FAST")
     except sqlite3.Error:
         connection.close()
         raise
     return connection
 
 
-def open_reader(path: Path) -> sqlite3.Connection:
-    """Make the file, or check that it is one of aiokv, and open a connection that reads without waiting.
+def open_reader(disk: Disk, path: Path, clock: Callable[[], float], *, hosted: bool, quick_check: bool) -> sqlite3.Connection:
+    """Make the file, or bring it up from an older version, and open a connection that reads without waiting.
 
     Args:
+        disk: The room for it.
         path: The file.
+        clock: Returns the present as seconds since the epoch.
+        hosted: Whether pages are read through a memory map. That is faster, but the kernel ends a process that reads a page
+            which the disk cannot give: a server is started again, other programs should not take that risk.
+        quick_check: Whether to look for damage.
 
     Returns:
         The connection.
 
     Raises:
         ConfigurationError: The file is of another application or a newer version, or cannot be opened.
-        StorageError: The file cannot be read now.
+        StorageError: The file cannot be read now, or is damaged.
     """
-    try:
-        connection = connect(path)
-    except sqlite3.Error as error:
-        raise _open_error(path, error) from error
-    try:
-        _prepare(path, connection)
-        connection.execute("PRAGMA busy_timeout = 0")
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, sqlite3.Error):
-            raise _open_error(path, error) from error
-        raise
-    return connection
-
-
-def _prepare(path: Path, connection: sqlite3.Connection) -> None:
-    has_tables = _check_version(path, connection)
-    if not has_tables:
-        # It has an effect only before the first table.
-        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    _enter_wal_mode(connection)
-    if has_tables:
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        # Another process may have made the tables meanwhile.
-        if not _check_version(path, connection):
-            for statement in _SCHEMA.split(";"):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-
-
-def _check_version(path: Path, connection: sqlite3.Connection) -> bool:
-    """Return whether the tables exist, False for an empty file; refuse a file of another kind or of a newer version."""
-    # In one statement, so that all values are of one moment: another process may be making the file.
-    application_id, version, tables = connection.execute(_VERSION).fetchone()
-    if (application_id, version, tables) == (0, 0, 0):
-        return False
-    if application_id != APPLICATION_ID:
-        raise ConfigurationError(
-            f"{path} is a SQLite database of another application; it was left as it is. Name another file."
-        )
-    if version > SCHEMA_VERSION:
-        raise ConfigurationError(
-            f"{path} has schema version {version}, this aiokv knows up to {SCHEMA_VERSION}; it was left as it is. "
-            "Upgrade aiokv, or name another file."
-        )
-    return True
-
-
-def _enter_wal_mode(connection: sqlite3.Connection) -> None:
-    # SQLite does not apply its busy timeout to this change, and several processes may make one file at once.
-    deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    disk.create_private()
+    has_more_room = False
     while True:
         try:
-            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        except sqlite3.OperationalError as error:
-            if not is_busy(error) or time.monotonic() > deadline:
-                raise
-        else:
-            if mode == "wal":
-                return
-            raise sqlite3.OperationalError(f"the file system does not allow WAL mode (got {mode})")
-        time.sleep(0.01)
+            return _open_reader(disk, path, clock, hosted=hosted, quick_check=quick_check)
+        except sqlite3.Error as error:
+            if not disk.is_full(primary_code(error)):
+                raise open_error(path, error) from error
+            # A server that starts on a full disk must open the file, so that entries can be deleted.
+            if has_more_room or not disk.release_ballast():
+                raise StorageFullError(disk.lack_of_room(), attempts=1) from error
+            has_more_room = True
+
+
+def _open_reader(disk: Disk, path: Path, clock: Callable[[], float], *, hosted: bool, quick_check: bool) -> sqlite3.Connection:
+    connection = connect(path)
+    try:
+        _prepare(path, connection, clock)
+        disk.tighten()
+        if quick_check:
+            _check_quickly(path, connection)
+        if hosted:
+            connection.execute(f"PRAGMA mmap_size = {_MMAP_BYTES}")
+        connection.execute("PRAGMA busy_timeout = 0")
+        # The first read makes the log and its index where they are absent.
+        connection.execute(sqlite_schema.GET, ("", "", 0.0)).fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def is_busy(error: Exception) -> bool:
@@ -172,6 +137,18 @@ def is_busy(error: Exception) -> bool:
     return primary_code(error) in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
+def is_damaged(error: Exception) -> bool:
+    """Return whether a statement met a page that cannot be right.
+
+    Args:
+        error: The error of the statement.
+
+    Returns:
+        True for a damaged file.
+    """
+    return primary_code(error) in _DAMAGED
+
+
 def primary_code(error: Exception) -> int:
     """Return SQLite's primary result code.
 
@@ -184,17 +161,6 @@ def primary_code(error: Exception) -> int:
     # The low byte; the other bytes are details.
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF
-
-
-def _open_error(path: Path, error: sqlite3.Error) -> ConfigurationError | StorageError:
-    code = primary_code(error)
-    if code == sqlite3.SQLITE_NOTADB:
-        return ConfigurationError(f"{path} is not a SQLite database; it was left as it is. Name another file.")
-    if code == sqlite3.SQLITE_CANTOPEN and not path.parent.is_dir():
-        return ConfigurationError(f"{path} cannot be opened: the folder {path.parent} does not exist; make it first")
-    if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM}:
-        return ConfigurationError(f"{path} cannot be opened: {error}; check that the file and its folder are writable")
-    return storage_error(path, error, "", "", "")
 
 
 def storage_error(path: Path, error: Exception, verb: str, db_name: str, key: str) -> StorageError:
@@ -216,9 +182,89 @@ def storage_error(path: Path, error: Exception, verb: str, db_name: str, key: st
         reason = f"the disk of {path} has no room left; free some space on it"
     elif is_busy(error):
         reason = f"{path} stayed locked for {BUSY_TIMEOUT_SECONDS:g} s"
-    elif isinstance(error, sqlite3.Error):
-        reason = f"{path}: {error}"
+    elif is_damaged(error):
+        reason = damage(path)
     else:
-        # Without its text: that of a UnicodeEncodeError holds the value.
-        reason = f"{path}: {type(error).__name__}"
+        # The name of the error, never its text: SQLite quotes text that is no UTF-8, and a UnicodeEncodeError holds the value.
+        reason = f"{path}: {getattr(error, 'sqlite_errorname', type(error).__name__)}"
     return kind(reason, verb=verb, db_name=db_name, key=key, attempts=1, transient=is_busy(error))
+
+
+def open_error(path: Path, error: sqlite3.Error) -> ConfigurationError | StorageError:
+    """Return aiokv's error for a file that could not be opened.
+
+    Args:
+        path: The file.
+        error: SQLite's error.
+
+    Returns:
+        The error; what a change of the file or its name repairs is a `ConfigurationError`.
+    """
+    code = primary_code(error)
+    if code == sqlite3.SQLITE_NOTADB:
+        return ConfigurationError(f"{path} is not a SQLite database; it was left as it is. Name another file.")
+    if code == sqlite3.SQLITE_CANTOPEN and not path.parent.is_dir():
+        return ConfigurationError(f"{path} cannot be opened: the folder {path.parent} does not exist; make it first")
+    if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM}:
+        return ConfigurationError(f"{path} cannot be opened: {error}; check that the file and its folder are writable")
+    return storage_error(path, error, "", "", "")
+
+
+def damage(path: Path) -> str:
+    """Return what to do about a damaged file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The reason of an error.
+    """
+    return (
+        f"{path} is damaged; stop what uses it, and put a backup in its place (`aiokv check` says what is damaged, "
+        "`aiokv backup` makes backups)"
+    )
+
+
+def _inode_of(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)  # noqa: PTH116 (called before each commit: Path.stat is slower)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _prepare(path: Path, connection: sqlite3.Connection, clock: Callable[[], float]) -> None:
+    version = sqlite_schema.version_of(path, connection)
+    if not version:
+        # It has an effect only before the first table.
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    _enter_wal_mode(path, connection)
+    if version < sqlite_schema.SCHEMA_VERSION:
+        sqlite_schema.make_tables(path, connection)
+    if sqlite_schema.has_old_entries(connection):
+        logger.info("moving the entries of %s into tables of version %d", path, sqlite_schema.SCHEMA_VERSION)
+        while sqlite_schema.move_old_entries(connection, clock()):
+            pass
+
+
+def _enter_wal_mode(path: Path, connection: sqlite3.Connection) -> None:
+    # SQLite does not apply its busy timeout to this change, and several processes may make one file at once.
+    deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            if not is_busy(error) or time.monotonic() > deadline:
+                raise
+        else:
+            if mode == "wal":
+                return
+            raise ConfigurationError(
+                f"{path} cannot be opened: its file system does not allow WAL mode (got {mode}); use a local one"
+            )
+        time.sleep(0.01)
+
+
+def _check_quickly(path: Path, connection: sqlite3.Connection) -> None:
+    if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+        raise StorageError(damage(path), attempts=1)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aiokv.backends import sqlite_file
-from aiokv.backends.base import Clock
+from aiokv.backends.base import Clock, HostingOptions
+from aiokv.backends.sqlite_commit import Committer, Figures, Write
+from aiokv.backends.sqlite_disk import Disk
 from aiokv.errors import CallError, StorageError
 
 T = TypeVar("T")
@@ -21,39 +23,8 @@ T = TypeVar("T")
 _MAX_BATCH_WRITES = 1_000
 _MAX_BATCH_CHARS = 16_000_000
 SWEEP_INTERVAL_SECONDS = 5.0
-_SWEEP_STEP_ENTRIES = 64
-_VACUUM_STEP_PAGES = 256
-
-
-class Write:
-    """One queued set or delete, and the future of the task that waits for it.
-
-    Args:
-        verb: `"set"` or `"delete"`.
-        db_name: The namespace, for errors.
-        key: The key, for errors.
-        parameters: Those of the SQL statement.
-        size_chars: The value's length, which bounds a batch.
-        future: Gets None or the error.
-    """
-
-    __slots__ = ("db_name", "future", "key", "parameters", "size_chars", "verb")
-
-    def __init__(  # noqa: PLR0913, PLR0917 (a record)
-        self,
-        verb: str,
-        db_name: str,
-        key: str,
-        parameters: tuple[str | float, ...],
-        size_chars: int,
-        future: "asyncio.Future[None]",
-    ) -> None:
-        self.verb = verb
-        self.db_name = db_name
-        self.key = key
-        self.parameters = parameters
-        self.size_chars = size_chars
-        self.future = future
+# Between two sweeps where sets are refused for want of room.
+_ROOM_INTERVAL_SECONDS = 0.25
 
 
 class Writer:
@@ -63,6 +34,8 @@ class Writer:
         path: The file, absolute.
         clock: Returns the present as seconds since the epoch.
         sweep_interval_seconds: The time between two deletions of expired entries.
+        hosting: What a server asks of the file, or None.
+        figures: What is counted.
 
     Attributes:
         opened: The connection for reads, or the error of opening the file.
@@ -71,17 +44,21 @@ class Writer:
         writer_lock: Held while the connection for writes is used.
     """
 
-    def __init__(self, path: Path, clock: Clock, sweep_interval_seconds: float) -> None:
+    def __init__(
+        self, path: Path, clock: Clock, sweep_interval_seconds: float, hosting: HostingOptions | None, figures: Figures
+    ) -> None:
         self._path = path
+        self._hosting = hosting
+        self._figures = figures
+        self._disk = Disk(path, hosting or HostingOptions())
         self._clock = clock
         self._sweep_interval_seconds = sweep_interval_seconds
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
+        self._gathered: list[Write] = []
         self._stopping = False
-        self._identity: tuple[int, int] | None = None
         self._reader: sqlite3.Connection | None = None
-        self._writer: sqlite3.Connection | None = None
-        self._written_since_sweep = 0
+        self._committer: Committer | None = None
         self.opened: asyncio.Future[sqlite3.Connection] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         # Retrieved here, since perhaps no task waits for it.
@@ -114,21 +91,30 @@ class Writer:
         """Commit the queue, close the file and end the thread; do not wait for that."""
         if not self._stopping:
             self._stopping = True
+            self._hand_over()
             self._queue.put(None)
 
     def submit(self, write: Write) -> bool:
         """Queue a write.
 
         Args:
-            write: The write; its future gets the outcome.
+            write: The write; its `done` is called with the outcome.
 
         Returns:
             False where the thread is stopping, and the write was not queued.
         """
         if self._stopping:
             return False
-        self._queue.put(write)
+        # The thread gets the writes of one turn of the loop at its end, so that it commits them together.
+        if not self._gathered:
+            self._loop.call_soon(self._hand_over)
+        self._gathered.append(write)
         return True
+
+    def _hand_over(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        for write in gathered:
+            self._queue.put(write)
 
     def close_connections(self) -> None:
         """Close the file: in the thread at its end, or in a forked child.
@@ -137,40 +123,59 @@ class Writer:
         emptied nor deleted by that, since the parent's lock on the file prevents it.
         """
         self._stopping = True
-        for connection in (self._reader, self._writer):
-            if connection is not None:
-                with contextlib.suppress(sqlite3.Error):
-                    connection.close()
+        if self._reader is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._reader.close()
+        if self._committer is not None:
+            self._committer.close()
 
     def _run(self) -> None:
         try:
             try:
                 with self.writer_lock:
-                    self._reader = sqlite_file.open_reader(self._path)
-                    self._identity = sqlite_file.identity_of(self._path)
+                    self._reader = sqlite_file.open_reader(
+                        self._disk,
+                        self._path,
+                        self._clock,
+                        hosted=self._hosting is not None,
+                        quick_check=self._hosting is not None and self._hosting.quick_check,
+                    )
+                    self._disk.restore_ballast()
+                    self._committer = Committer(self._path, self._clock, self._disk, self._figures)
             except Exception as error:  # noqa: BLE001 (raised in the task that waits)
                 self._call_in_loop(fail, self.opened, error)
                 return
             self._call_in_loop(succeed, self.opened, self._reader)
-            self._work()
+            self._work(self._committer)
         finally:
             with self.reader_lock, self.writer_lock:
                 self.close_connections()
             self._call_in_loop(succeed, self.ended, None)
 
-    def _work(self) -> None:
-        next_sweep = time.monotonic() + self._sweep_interval_seconds
+    def _work(self, committer: Committer) -> None:
+        last_sweep = time.monotonic()
+        next_sweep = last_sweep + self._sweep_interval_seconds
         stopping = False
         while not stopping:
             batch, stopping = self._next_batch(until=next_sweep)
             if batch:
                 with self.writer_lock:
-                    self._call_in_loop(_resolve_all, self._commit(batch))
+                    self._call_in_loop(self._tell_all, committer.commit(batch))
+            if committer.wants_room:
+                next_sweep = min(next_sweep, last_sweep + _ROOM_INTERVAL_SECONDS)
             # Also between batches: a store that is written to all the time must free its space too.
             if not stopping and time.monotonic() >= next_sweep:
                 with self.writer_lock:
-                    swept_all = self._sweep()
-                next_sweep = time.monotonic() + (self._sweep_interval_seconds if swept_all else 0.0)
+                    swept_all = committer.sweep()
+                last_sweep = time.monotonic()
+                next_sweep = last_sweep + (self._sweep_interval_seconds if swept_all else 0.0)
+
+    def _tell_all(self, outcomes: list[tuple[Write, CallError | None]]) -> None:
+        for write, error in outcomes:
+            try:
+                write.done(error)
+            except Exception as fault:  # noqa: BLE001 (one must not keep the others waiting)
+                self._loop.call_exception_handler({"message": "a write's outcome was not taken", "exception": fault})
 
     def _call_in_loop(self, function: Callable[..., None], *arguments: object) -> None:
         # In a closed loop no task waits.
@@ -185,81 +190,13 @@ class Writer:
             write = self._queue.get(timeout=max(0.0, until - time.monotonic()))
             while write is not None:
                 batch.append(write)
-                size_chars += write.size_chars
+                size_chars += len(write.value)
                 if len(batch) >= _MAX_BATCH_WRITES or size_chars >= _MAX_BATCH_CHARS:
                     return batch, False
                 write = self._queue.get_nowait()
         except queue.Empty:
             return batch, False
         return batch, True
-
-    def _commit(self, batch: list[Write]) -> list[tuple[Write, CallError | None]]:
-        """Apply a batch in one transaction; return each write with its error, if it has one."""
-        committing = False
-        try:
-            connection = self._connected()
-            connection.execute("BEGIN IMMEDIATE")
-            for write in batch:
-                connection.execute(sqlite_file.SET if write.verb == "set" else sqlite_file.DELETE, write.parameters)
-            committing = True
-            connection.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 (a thread that dies would leave every later write waiting)
-            self._disconnect()
-            if len(batch) > 1 and not committing and not sqlite_file.is_busy(error):
-                # A write that is too large, or that SQLite refuses, must not fail the others.
-                return [outcome for write in batch for outcome in self._commit([write])]
-            # A commit that fails for a lock or a full disk is rolled back. After another failure, such as a failed flush, all
-            # of its frames may be in the log, where a recovery would find them.
-            is_full = sqlite_file.primary_code(error) == sqlite3.SQLITE_FULL
-            maybe_applied = committing and not (sqlite_file.is_busy(error) or is_full)
-            return [(write, self._failure(write, error, maybe_applied=maybe_applied)) for write in batch]
-        self._written_since_sweep += len(batch)
-        return [(write, None) for write in batch]
-
-    def _failure(self, write: Write, error: Exception, *, maybe_applied: bool) -> CallError:
-        if isinstance(error, StorageError):
-            failure = StorageError(error.reason, verb=write.verb, db_name=write.db_name, key=write.key, attempts=1)
-        else:
-            failure = sqlite_file.storage_error(self._path, error, write.verb, write.db_name, write.key)
-        failure.maybe_applied = maybe_applied
-        failure.__cause__ = error if isinstance(error, sqlite3.Error) else None
-        return failure
-
-    def _connected(self) -> sqlite3.Connection:
-        if sqlite_file.identity_of(self._path) != self._identity:
-            # A write to a file without a name would be lost, flushed or not.
-            raise StorageError(f"{self._path} was deleted or replaced while it was open; close the store, then open it anew")
-        if self._writer is None:
-            self._writer = sqlite_file.connect(self._path)
-        return self._writer
-
-    def _disconnect(self) -> None:
-        # Closing rolls back an open transaction.
-        if self._writer is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._writer.close()
-            self._writer = None
-
-    def _sweep(self) -> bool:
-        """Delete a few expired entries and free a few pages; return whether nothing is left to do."""
-        # At least as many as were written since the last sweep; otherwise a busy store would grow for ever.
-        limit = max(_SWEEP_STEP_ENTRIES, 2 * self._written_since_sweep)
-        self._written_since_sweep = 0
-        try:
-            connection = self._connected()
-            # Writes wait for the sweep, so the sweep waits for no lock.
-            connection.execute("PRAGMA busy_timeout = 0")
-            deleted = connection.execute(sqlite_file.SWEEP, (self._clock(), limit)).rowcount
-            free_pages: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
-            if free_pages > _VACUUM_STEP_PAGES:
-                # The pragma frees one page for each row that is fetched.
-                connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_STEP_PAGES})").fetchall()
-            connection.execute(f"PRAGMA busy_timeout = {int(sqlite_file.BUSY_TIMEOUT_SECONDS * 1000)}")
-        except (sqlite3.Error, StorageError):
-            # The file is locked, full, read-only or gone. The next sweep tries again; reads never show expired entries.
-            self._disconnect()
-            return True
-        return deleted < limit and free_pages <= _VACUUM_STEP_PAGES
 
 
 # Every writer whose file may be open, for forks.
@@ -312,11 +249,3 @@ def fail(future: "asyncio.Future[Any]", error: Exception) -> None:
     """
     if not future.done():
         future.set_exception(error)
-
-
-def _resolve_all(outcomes: list[tuple[Write, CallError | None]]) -> None:
-    for write, error in outcomes:
-        if error is None:
-            succeed(write.future, None)
-        else:
-            fail(write.future, error)

@@ -14,10 +14,12 @@ from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, Final
 
+from aiokv.backends.base import is_patient
 from aiokv.caching.breaker import Breaker, Verb, first_of, is_cancelled
 from aiokv.caching.claims import Claim
-from aiokv.caching.deadlines import Alarm, SharedDeadline, go_on
+from aiokv.caching.failures import SkippedError
 from aiokv.caching.writes import Write
+from aiokv.deadlines import Alarm, SharedDeadline, go_on
 from aiokv.errors import BatchError, ValueTooLargeError
 from aiokv.limits import MIN_TTL_SECONDS
 from aiokv.store import AsyncKVStore
@@ -25,18 +27,6 @@ from aiokv.target import Target
 
 _PROBE_KEY = "aiokv-probe"
 _NONE: Final[AbstractSet[str]] = frozenset()
-
-
-class SkippedError(Exception):
-    """The store was not asked, since it has failed too often.
-
-    Args:
-        error: What it failed with last.
-    """
-
-    def __init__(self, error: BaseException | None) -> None:
-        super().__init__()
-        self.error = error
 
 
 class StoreAccess:
@@ -99,12 +89,15 @@ class StoreAccess:
             if not keys:
                 return texts, None
         is_late = False
+        # To compute is quicker than to wait for a host that restarts.
+        is_patient.set(False)
         try:
             work: Coroutine[Any, Any, Any] = store.get(keys[0]) if len(keys) == 1 else store.get_many(keys)
+            answer: Any
             try:
                 suspended = work.send(None)
             except StopIteration as done:
-                answer: Any = done.value
+                answer = done.value
             else:
                 if on_wait is not None:
                     on_wait(*args)
@@ -129,6 +122,8 @@ class StoreAccess:
             if reads.run:
                 reads.succeeded()
             return texts, None
+        finally:
+            is_patient.set(True)
         self._failed("read", store, failure, wait_seconds)
         return texts, failure
 
@@ -157,6 +152,7 @@ class StoreAccess:
         alarm: Alarm | None = None
         errors: dict[str, BaseException]
         overtaken: AbstractSet[str]
+        is_patient.set(False)
         try:
             work = self._land(store, writes, earlier, wait_seconds)
             try:
@@ -171,6 +167,7 @@ class StoreAccess:
                 raise
             errors, overtaken = dict.fromkeys([write.key for write in writes], first_of(error)), _NONE
         finally:
+            is_patient.set(True)
             if alarm is not None:
                 alarm.stop()
             self._dequeue(writes)
@@ -197,11 +194,14 @@ class StoreAccess:
             The claim, which holds the keys that are this process's to compute.
         """
         claim = Claim(store, compute_seconds)
+        is_patient.set(False)
         try:
             async with asyncio.timeout(wait_seconds):
                 await claim.acquire()
         except Exception:  # noqa: BLE001 (whatever it is, the store is no help)
             claim.hold_all()
+        finally:
+            is_patient.set(True)
         return claim
 
     def _pending_texts(self, keys: Sequence[str]) -> dict[str, str | None]:

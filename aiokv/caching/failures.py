@@ -31,3 +31,15 @@ def own_error(store: AsyncKVStore, error: BaseException, key: str = "", verb: st
             maybe_applied=verb != "get",
         )
     return error
+
+
+class SkippedError(Exception):
+    """The store was not asked, since it has failed too often.
+
+    Args:
+        error: What it failed with last.
+    """
+
+    def __init__(self, error: BaseException | None) -> None:
+        super().__init__()
+        self.error = error

@@ -8,12 +8,11 @@ from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 from aiokv import clock
-from aiokv.caching.access import SkippedError
 from aiokv.caching.breaker import without_traceback
 from aiokv.caching.codecs import Codec
 from aiokv.caching.entries import Entry, pack, unpack
 from aiokv.caching.events import Events
-from aiokv.caching.failures import overtaken_error, own_error
+from aiokv.caching.failures import SkippedError, overtaken_error, own_error
 from aiokv.caching.flights import ABSENT, Flight, Flights, Outcome, failure
 from aiokv.caching.generations import Generations, Place
 from aiokv.caching.keys import KeyMaker

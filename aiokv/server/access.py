@@ -1,23 +1,24 @@
-"""Accounts of the server: keys in an access file, exchanged for short-lived signed tokens.
+"""Accounts of the server: keys in an access file, exchanged for short-lived signed tokens, and what each key may do.
 
-The file is text: first a line with the key that signs tokens, then one key a line, `<account>:sha256:<hash>`. To revoke a key
-and its tokens, remove its line. An account with two lines has two keys, so keys can be rotated. A secret is 256 random bits,
-so a plain hash protects it as well as a slow one.
+Whatever the file says holds within a second, for tokens already issued, too: a token names its key, and what the key may do
+is looked up in the file.
 """
 
-import hashlib
+import base64
 import hmac
 import logging
-import os
-import re
-import secrets
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from aiokv import clock as process_clock
 from aiokv.backends.base import Clock
-from aiokv.errors import ConfigurationError
+from aiokv.errors import ConfigurationError, truncated
+from aiokv.server.access_file import read_access_file
+from aiokv.server.access_text import LIMIT_NAMES, AccessText, Key, hash_of
+from aiokv.server.quotas import AccountLimits
+from aiokv.server.wrong_keys import WrongKeys
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -27,105 +28,52 @@ logger = logging.getLogger("aiokv.server")
 TOKEN_LIFETIME_SECONDS = 7_200
 """Two hours: the official client asks for a new token as soon as less than one hour is left."""
 
-_HEADER = (
-    "# aiokv access file, version 1. Keep it private.\n"
-    "# One key a line, <account>:sha256:<hash of its secret>; remove a line to revoke its key.\n"
-)
-_SIGNING_LINE = re.compile(r"!signing-key ([0-9a-f]{64})")
-_KEY_LINE = re.compile(r"([A-Za-z0-9._-]{1,64}):sha256:([0-9a-f]{64})")
-_ACCOUNT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _RELOAD_INTERVAL_SECONDS = 1.0
+_GRACE_SECONDS = 60.0
 _MAX_KNOWN_TOKENS = 10_000
 _FINGERPRINT_CHARS = 16
 _NO_HASH = "0" * 64
+_NO_LIMITS = AccountLimits()
 
 
 class IssuedToken(NamedTuple):
-    """A signed token, and the time at which it expires."""
+    """A signed token, the time at which it expires, and the account that it is for."""
 
     token: str
     expires_at: datetime
+    account: str
 
 
-def add_key(path: str | Path, account: str) -> str:
-    """Make a key for an account, and add its hash to an access file; make the file where it is absent.
+class Permit(NamedTuple):
+    """What a request may do.
 
     Args:
-        path: The access file; a new one is readable by its owner alone.
-        account: 1 to 64 letters, digits, `.`, `_` or `-`; an account that has a key gets a second one.
-
-    Returns:
-        The key, `<account>:<secret>`, which is stored nowhere.
-
-    Raises:
-        ConfigurationError: The account's name has other characters, or the file cannot be written or is no access file.
+        account: The account that it acts for.
+        read_only: Whether it may only read.
+        db_patterns: The namespaces that it may use, `*` standing for any text; None for all of the account's.
     """
-    if not _ACCOUNT.fullmatch(account):
-        raise ConfigurationError(f"account must be 1 to 64 letters, digits, '.', '_' or '-', not {account[:100]!r}")
-    path = Path(path)
-    secret = secrets.token_urlsafe(32)
-    try:
-        _make_if_absent(path)
-        _parse(path)
-        # An editor may have left the last line without a line break.
-        separator = "" if path.read_bytes().endswith(b"\n") else "\n"
-        # Append in one write, so that two calls at once both add their line.
-        with path.open("a", encoding="ascii") as file:
-            file.write(f"{separator}{account}:sha256:{_hash(secret)}\n")
-    except OSError as error:
-        raise ConfigurationError(f"access file {path} cannot be written: {error.strerror}") from error
-    return f"{account}:{secret}"
 
+    account: str
+    read_only: bool = False
+    db_patterns: tuple[str, ...] | None = None
 
-def _make_if_absent(path: Path) -> None:
-    if path.exists():
-        return
-    # Write a temporary file and link it into place: nobody reads half a file, and of two processes one wins.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(f"{_HEADER}!signing-key {secrets.token_hex(32)}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-    finally:
-        temporary.unlink()
+    def allows(self, verb: str, db_name: str) -> str | None:
+        """Check a call.
 
+        Args:
+            verb: `get`, `set` or `delete`.
+            db_name: The namespace, as the client names it.
 
-def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _parse(path: Path) -> tuple[bytes, dict[str, tuple[str, ...]]]:
-    """Return the signing key of an access file, and the hashes of each account."""
-    signing_key: bytes | None = None
-    accounts: dict[str, tuple[str, ...]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigurationError(
-            f"access file {path} cannot be read: {error.strerror}; make it with `aiokv access add <account>`"
-        ) from error
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"access file {path} is not text; make one with `aiokv access add <account>`") from None
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        if match := _SIGNING_LINE.fullmatch(text):
-            signing_key = bytes.fromhex(match[1])
-        elif match := _KEY_LINE.fullmatch(text):
-            accounts[match[1]] = (*accounts.get(match[1], ()), match[2])
-        else:
-            # The message does not show the line, which may hold a secret.
-            raise ConfigurationError(f"access file {path}, line {number}: expected <account>:sha256:<64 hex digits>")
-    if signing_key is None:
-        raise ConfigurationError(f"access file {path} has no !signing-key line; make one with `aiokv access add <account>`")
-    return signing_key, accounts
+        Returns:
+            None where the call is allowed, else why it is not, for the answer with status 403.
+        """
+        if self.read_only and verb != "get":
+            return f"this key is read-only: it may get, and not {verb}"
+        patterns = self.db_patterns
+        # A pattern matches its own text, too, so the names that are given in full need no comparison of patterns.
+        if patterns is None or db_name in patterns or any(_matches(pattern, db_name) for pattern in patterns):
+            return None
+        return f"this key may not use db {truncated(db_name)}, only {truncated(', '.join(patterns))}"
 
 
 class AccessFile:
@@ -134,49 +82,67 @@ class AccessFile:
     Args:
         path: The file.
         clock: Returns the present as seconds since the epoch; None takes `aiokv.clock.now`, looked up at each use.
+        default_limits: The limits of accounts where the file gives none.
 
     Raises:
         ConfigurationError: The file is absent or malformed, or the package that signs tokens is not installed.
     """
 
-    def __init__(self, path: str | Path, clock: Clock | None = None) -> None:
+    def __init__(self, path: str | Path, clock: Clock | None = None, *, default_limits: AccountLimits = _NO_LIMITS) -> None:
         self._path = Path(path)
         self._clock = clock
+        self._default_limits = default_limits
         self._jwt = _import_jwt()
-        self._stamp = self._read_stamp()
-        self._signing_key, self._accounts = _parse(self._path)
-        if self._path.stat().st_mode & 0o077:
-            logger.warning("access file %s can be read by others, who could sign tokens with it; chmod 600 it", self._path)
+        self._wrong_keys = WrongKeys()
+        # The tokens whose signature was checked, each with its permit and the time at which it expires.
+        self._known_tokens: dict[str, tuple[Permit, float]] = {}
+        self._signing_key = b""
+        self._keys: Mapping[str, tuple[Key, ...]] = {}
+        self._limits: Mapping[str, AccountLimits] = {}
         self._next_check = process_clock.monotonic() + _RELOAD_INTERVAL_SECONDS
-        # The tokens whose signature was checked, each with its account and the time at which it expires.
-        self._known_tokens: dict[str, tuple[str, float]] = {}
+        self._failing_since: float | None = None
+        self._next_failure_line = 0.0
+        self._stamp = self._read_stamp()
+        # Two writes in one tick of the file system's clock leave one stamp: a new stamp is trusted after a second look.
+        self._is_settled = False
+        self._take(read_access_file(self._path))
+        self._warn_where_open_to_others()
 
-    def issue_token(self, authorization: str) -> IssuedToken | None:
-        """Exchange a key for a token.
+    @property
+    def wrong_keys(self) -> int:
+        """How many wrong keys were offered since the start."""
+        return self._wrong_keys.count
+
+    def issue_token(self, authorization: str, address: str = "") -> IssuedToken | None:
+        """Exchange a key for a token; count, and log now and then, where the key is wrong.
 
         Args:
             authorization: The Authorization header, `Key <account>:<secret>`.
+            address: The address of the caller.
 
         Returns:
-            The token, or None where the key is wrong.
+            The token, or None where the key is wrong: then let the caller wait for `delay_of` its address.
         """
-        found = self._find_key(authorization)
-        if found is None:
+        self._reload_if_changed()
+        scheme, _, credentials = authorization.partition(" ")
+        if scheme.lower() != "key":
             return None
-        account, key_hash = found
+        key = self._find_key(credentials, address)
+        if key is None:
+            return None
         expires_at = int(self._now()) + TOKEN_LIFETIME_SECONDS
-        claims = {"sub": account, "key": key_hash[:_FINGERPRINT_CHARS], "exp": expires_at}
+        claims = {"sub": key.account, "key": key.key_hash[:_FINGERPRINT_CHARS], "exp": expires_at}
         token: str = self._jwt.encode(claims, self._signing_key, algorithm="HS256")
-        return IssuedToken(token, datetime.fromtimestamp(expires_at, UTC))
+        return IssuedToken(token, datetime.fromtimestamp(expires_at, UTC), key.account)
 
-    def account_of_token(self, authorization: str) -> str | None:
-        """Return the account of a token.
+    def permit_of_token(self, authorization: str) -> Permit | None:
+        """Return what the bearer of a token may do now.
 
         Args:
             authorization: The Authorization header, `Bearer <token>`.
 
         Returns:
-            The account, or None where the token is forged or expired, or its key was revoked.
+            The permit, or None where the token is forged or expired, or its key was revoked.
         """
         self._reload_if_changed()
         known = self._known_tokens.get(authorization)
@@ -187,13 +153,71 @@ class AccessFile:
             if len(self._known_tokens) >= _MAX_KNOWN_TOKENS:
                 self._known_tokens.clear()
             self._known_tokens[authorization] = known
-        account, expires_at = known
-        return account if self._now() < expires_at else None
+        permit, expires_at = known
+        return permit if self._now() < expires_at else None
+
+    def is_operator(self, authorization: str, address: str = "") -> bool:
+        """Check whether a caller may read `/metrics` and `/status`; a wrong key counts as in `issue_token`.
+
+        Args:
+            authorization: The Authorization header, `Key <account>:<secret>` or `Basic <base64 of that>`.
+            address: The address of the caller.
+
+        Returns:
+            True where it bears a key with the flag `operator`.
+        """
+        self._reload_if_changed()
+        scheme, _, credentials = authorization.partition(" ")
+        if scheme.lower() == "basic":
+            credentials = _decode_basic(credentials)
+        elif scheme.lower() != "key":
+            return False
+        key = self._find_key(credentials, address)
+        return key is not None and key.operator
+
+    def delay_of(self, address: str) -> float:
+        """Return how long the answer to a wrong key should wait.
+
+        Args:
+            address: The address of the caller.
+
+        Returns:
+            0.1 seconds after the first wrong key of the address, doubling up to 5 seconds; 0.0 ten minutes after the last.
+        """
+        return self._wrong_keys.delay_of(address)
+
+    def limits_of(self, account: str) -> AccountLimits:
+        """Return the limits of an account: those of the file, and the defaults where it has none.
+
+        Args:
+            account: The account.
+
+        Returns:
+            The limits.
+        """
+        return self._limits.get(account, self._default_limits)
+
+    def reload(self) -> None:
+        """Read the file now, and log where it cannot be used; without this it is looked at once a second, while calls come."""
+        self._next_check = self._next_failure_line = 0.0
+        self._is_settled = False
+        self._reload_if_changed()
+
+    def health(self) -> str | None:
+        """Check whether the file can be used; its last good version stays in force.
+
+        Returns:
+            None, or the reason once the file has been unreadable or malformed for a minute.
+        """
+        self._reload_if_changed()
+        if self._failing_since is None or process_clock.monotonic() - self._failing_since < _GRACE_SECONDS:
+            return None
+        return "the access file is unreadable or malformed; its last good version is in force, and the log says more"
 
     def _now(self) -> float:
         return process_clock.now() if self._clock is None else self._clock()
 
-    def _verify(self, authorization: str) -> tuple[str, float] | None:
+    def _verify(self, authorization: str) -> tuple[Permit, float] | None:
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token.isascii():
             return None
@@ -202,28 +226,27 @@ class AccessFile:
                 token,
                 self._signing_key,
                 algorithms=["HS256"],
-                # `account_of_token` checks the expiry at each call, by our own clock.
+                # `permit_of_token` checks the expiry at each call, by our own clock.
                 options={"require": ["sub", "key", "exp"], "verify_exp": False},
             )
         except self._jwt.InvalidTokenError:
             return None
         account, fingerprint, expires_at = claims["sub"], claims["key"], claims["exp"]
-        hashes = self._accounts.get(account, ())
-        if not any(key_hash[:_FINGERPRINT_CHARS] == fingerprint for key_hash in hashes):
-            return None
-        return account, float(expires_at)
+        for key in self._keys.get(account, ()):
+            if key.key_hash[:_FINGERPRINT_CHARS] == fingerprint:
+                return Permit(account, key.read_only, key.db_patterns), float(expires_at)
+        return None
 
-    def _find_key(self, authorization: str) -> tuple[str, str] | None:
-        self._reload_if_changed()
-        scheme, _, key = authorization.partition(" ")
-        account, _, secret = key.partition(":")
-        offered = _hash(secret)
-        hashes = self._accounts.get(account, ())
+    def _find_key(self, credentials: str, address: str) -> Key | None:
+        account, _, secret = credentials.partition(":")
+        offered = hash_of(secret)
+        keys = self._keys.get(account, ())
         # Compare every hash, and one for an unknown account too, so that the time taken reveals nothing.
-        matches = [hmac.compare_digest(offered, key_hash) for key_hash in hashes or (_NO_HASH,)]
-        if scheme.lower() != "key" or not hashes or not any(matches):
-            return None
-        return account, offered
+        matches = [hmac.compare_digest(offered, key_hash) for key_hash in [key.key_hash for key in keys] or [_NO_HASH]]
+        if keys and any(matches):
+            return keys[matches.index(True)]
+        self._wrong_keys.add(account if keys else None, address)
+        return None
 
     def _reload_if_changed(self) -> None:
         now = process_clock.monotonic()
@@ -231,23 +254,73 @@ class AccessFile:
             return
         self._next_check = now + _RELOAD_INTERVAL_SECONDS
         stamp = self._read_stamp()
-        if stamp == self._stamp:
+        is_same = stamp == self._stamp
+        if is_same and self._is_settled:
             return
         try:
-            signing_key, accounts = _parse(self._path)
+            text = read_access_file(self._path)
         except ConfigurationError as error:
             # The file may be half edited: its last good version stays in force.
-            logger.error("access file not reloaded: %s", error)  # noqa: TRY400 (the message says all)
+            self._note_failure(error, now)
             return
-        self._stamp, self._signing_key, self._accounts = stamp, signing_key, accounts
+        self._failing_since = None
+        self._stamp, self._is_settled = stamp, is_same
+        self._take(text)
+        if not is_same:
+            self._warn_where_open_to_others()
+
+    def _note_failure(self, error: ConfigurationError, now: float) -> None:
+        # The same file may come back: it is read again before it counts as usable.
+        self._is_settled = False
+        if self._failing_since is None:
+            self._failing_since, self._next_failure_line = now, 0.0
+        if now >= self._next_failure_line:
+            self._next_failure_line = now + _GRACE_SECONDS
+            logger.error("access file not reloaded: %s", error)
+
+    def _take(self, text: AccessText) -> None:
+        self._signing_key = text.signing_key
+        self._keys = text.keys()
+        self._limits = {
+            account: self._default_limits._replace(**{LIMIT_NAMES[name]: value for name, value in limits.given.items()})
+            for account, limits in text.limits().items()
+        }
         self._known_tokens.clear()
 
-    def _read_stamp(self) -> tuple[int, int, int] | None:
+    def _warn_where_open_to_others(self) -> None:
+        if self._stamp is not None and self._stamp[-1] & 0o077:
+            logger.warning("access file %s can be read by others, who could sign tokens with it; chmod 600 it", self._path)
+
+    def _read_stamp(self) -> tuple[int, ...] | None:
         try:
             status = self._path.stat()
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev, status.st_mode
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Compare a name with a pattern in which `*` is any text; in time linear in both, for any pattern."""
+    first, *others = pattern.split("*")
+    if not others:
+        return name == pattern
+    *middles, last = others
+    if len(name) < len(first) + len(last) or not (name.startswith(first) and name.endswith(last)):
+        return False
+    place, end = len(first), len(name) - len(last)
+    for middle in middles:
+        found = name.find(middle, place, end)
+        if found < 0:
+            return False
+        place = found + len(middle)
+    return True
+
+
+def _decode_basic(credentials: str) -> str:
+    try:
+        return base64.b64decode(credentials, validate=True).decode("utf-8", "surrogateescape")
+    except ValueError:
+        return ""
 
 
 def _import_jwt() -> "ModuleType":

@@ -1,39 +1,112 @@
-"""The server as a process or inside a program: bind, announce, serve and stop."""
+"""One process's server: what it is made of, from its backend to its sockets, and how it ends."""
 
 import asyncio
 import contextlib
-import signal
+import socket
 import ssl
-import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
-from aiohttp import web
-
 from aiokv.backends.base import Backend
-from aiokv.backends.registry import open_backend
 from aiokv.errors import ConfigurationError
 from aiokv.server.access import AccessFile
-from aiokv.server.app import READINESS_PROBE, HttpServer, Service
+from aiokv.server.access_log import AccessLog
+from aiokv.server.announce import address_of
+from aiokv.server.listener import Listener
+from aiokv.server.listening import bind
+from aiokv.server.operation import Operation
+from aiokv.server.options import ServerOptions
+from aiokv.server.service import Service
+from aiokv.server.statistics import Statistics
 from aiokv.wire import is_loopback
 
-DEFAULT_HOST = "127.0.0.1"
-DEFAULT_PORT = 8787
-# Longer than clients keep an idle connection, so that the client closes it first.
-KEEPALIVE_SECONDS = 75.0
-DRAIN_SECONDS = 10.0
-_BACKLOG = 1024
+
+class Server:
+    """One process's server of a backend.
+
+    Args:
+        backend: The store of the values; the caller opens and closes it.
+        options: The bounds; None takes the defaults.
+        access: The accounts; None takes any credentials.
+        statistics: The counters of this process; None makes some.
+        access_log: The log of requests, or None; the caller closes it.
+        tls: The server's certificate, or None for plain HTTP.
+
+    Attributes:
+        service: What answers the requests.
+
+    Raises:
+        ConfigurationError: The bounds cannot be kept.
+    """
+
+    def __init__(  # noqa: PLR0913 (keywords, each with a default that serves)
+        self,
+        backend: Backend,
+        options: ServerOptions | None = None,
+        *,
+        access: AccessFile | None = None,
+        statistics: Statistics | None = None,
+        access_log: AccessLog | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._options = options or ServerOptions()
+        self.service = Service(backend, access, self._options)
+        operation = Operation(self.service, backend, access, statistics or Statistics(), access_log)
+        self._listener = Listener(self.service, operation, self._options, tls)
+
+    async def start(self, sockets: Sequence[socket.socket] | None = None) -> str:
+        """Accept connections.
+
+        Args:
+            sockets: Bound sockets; None binds the host and the port of the options.
+
+        Returns:
+            The address, such as `http://127.0.0.1:8787`.
+
+        Raises:
+            ConfigurationError: The address cannot be bound.
+        """
+        bound = bind(self._options.host, self._options.port) if sockets is None else sockets
+        self._listener.start(bound)
+        return address_of(bound[0], is_tls=self._listener.tls is not None)
+
+    def reload(self, *, tls: ssl.SSLContext | None = None) -> None:
+        """Take a new certificate for the connections to come.
+
+        Args:
+            tls: The certificate, or None to keep the present one.
+        """
+        self._listener.tls = tls or self._listener.tls
+
+    async def drain(self) -> None:
+        """Say at `/readyz` that the server stops, go on for `drain_delay_seconds`, then end within `drain_seconds`."""
+        self.service.readiness.is_stopping = True
+        self._listener.operation.statistics.drain()
+        if self._options.drain_delay_seconds:
+            await asyncio.sleep(self._options.drain_delay_seconds)
+        await self._listener.drain()
+
+    def abort(self) -> int:
+        """End at once, whatever is under way.
+
+        Returns:
+            How many connections were open.
+        """
+        count = len(self._listener.connections)
+        self._listener.abort()
+        return count
 
 
 @contextlib.asynccontextmanager
 async def running_server(  # noqa: PLR0913 (keywords, each with a default that serves)
     backend: Backend,
     *,
-    host: str = DEFAULT_HOST,
+    host: str = ServerOptions.host,
     port: int = 0,
     access: AccessFile | None = None,
     tls: ssl.SSLContext | None = None,
-    drain_seconds: float = DRAIN_SECONDS,
+    drain_seconds: float = ServerOptions.drain_seconds,
+    options: ServerOptions | None = None,
 ) -> AsyncGenerator[str]:
     """Serve a backend for as long as the context lasts; the backend stays open.
 
@@ -44,6 +117,7 @@ async def running_server(  # noqa: PLR0913 (keywords, each with a default that s
         access: The accounts; None takes any credentials.
         tls: The server's certificate, or None for plain HTTP.
         drain_seconds: How long requests under way may take to finish at the end.
+        options: The bounds; None takes the defaults. Its host, port and drain_seconds are not looked at.
 
     Yields:
         The address, such as `http://127.0.0.1:8787`, once connections are accepted.
@@ -56,60 +130,12 @@ async def running_server(  # noqa: PLR0913 (keywords, each with a default that s
             f"without an access file the server binds to loopback only, not to {host!r}; "
             "make one with `aiokv access add <account> --access-file FILE` and pass it"
         )
-    runner = web.ServerRunner(HttpServer(Service(backend, access), KEEPALIVE_SECONDS), shutdown_timeout=drain_seconds)
-    await runner.setup()
+    options = (options or ServerOptions())._replace(host=host, port=port, drain_seconds=drain_seconds)
+    server = Server(backend, options, access=access, tls=tls)
     try:
-        site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=_BACKLOG)
-        try:
-            await site.start()
-        except (OSError, OverflowError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}") from error
-        url_host = f"[{host}]" if ":" in host else host
-        yield f"{'https' if tls else 'http'}://{url_host}:{site.port}"
+        yield await server.start()
     finally:
-        await runner.cleanup()
-
-
-async def serve(  # noqa: PLR0913 (one for each option of the command)
-    store_url: str,
-    *,
-    host: str = DEFAULT_HOST,
-    port: int = DEFAULT_PORT,
-    access_file: str | None = None,
-    tls_cert: str | None = None,
-    tls_key: str | None = None,
-) -> None:
-    """Serve a store until SIGTERM or SIGINT, then finish the requests under way.
-
-    Args:
-        store_url: The store of the values, such as `sqlite:///kv.db`.
-        host: The address to bind.
-        port: The port, 0 for a free one.
-        access_file: The file of the accounts; None lets every program of this machine in.
-        tls_cert: A PEM file with the certificate chain, or None for plain HTTP.
-        tls_key: A PEM file with the certificate's key; None where `tls_cert` holds the key, too.
-
-    Raises:
-        ConfigurationError: An option cannot work, or the store cannot be opened.
-    """
-    tls = server_tls(tls_cert, tls_key)
-    access = AccessFile(access_file) if access_file is not None else None
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, stop.set)
-    backend = open_backend(store_url)
-    try:
-        # Read once before the address is announced: a store that cannot be opened is an error at the start.
-        await backend.get(*READINESS_PROBE)
-        async with running_server(backend, host=host, port=port, access=access, tls=tls) as address:
-            note = "" if access else ", any credentials taken (no access file)"
-            print(f"aiokv: serving {store_url} at {address}{note}", file=sys.stderr, flush=True)  # noqa: T201
-            await stop.wait()
-            print("aiokv: stopping, finishing what is under way", file=sys.stderr, flush=True)  # noqa: T201
-    finally:
-        await backend.aclose()
+        await server.drain()
 
 
 def server_tls(tls_cert: str | None, tls_key: str | None) -> ssl.SSLContext | None:
@@ -134,6 +160,8 @@ def server_tls(tls_cert: str | None, tls_key: str | None) -> ssl.SSLContext | No
             raise ConfigurationError(f"TLS file {path} does not exist")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
+        if tls_key is None and b"PRIVATE KEY-----" not in Path(tls_cert).read_bytes():
+            raise ConfigurationError(f"TLS file {tls_cert} has no key in it; pass --tls-key")
         context.load_cert_chain(tls_cert, tls_key)
     except (OSError, ssl.SSLError) as error:
         raise ConfigurationError(f"{tls_cert} and its key cannot be used for TLS: {error}") from error

@@ -1,5 +1,7 @@
 """For tests: a proxy that makes a network bad, a service that answers as a script says, a clock to move, pytest fixtures."""
 
+from typing import TYPE_CHECKING
+
 from aiokv.backends.http.retry import disable_backoff
 from aiokv.testing.clock import MovableClock, movable_clock
 from aiokv.testing.faults import (
@@ -21,7 +23,9 @@ from aiokv.testing.faults import (
 )
 from aiokv.testing.proxy import FaultProxy
 from aiokv.testing.replies import Replies, Reply, ServiceRequest
-from aiokv.testing.service import ScriptedService
+
+if TYPE_CHECKING:
+    from aiokv.testing.service import ScriptedService
 
 __all__ = [
     "Bandwidth",
@@ -48,3 +52,19 @@ __all__ = [
     "movable_clock",
     "with_probability",
 ]
+
+
+if not TYPE_CHECKING:
+    # The others need no server, whose packages are an extra.
+    def __getattr__(name: str) -> object:
+        if name == "ScriptedService":
+            from aiokv.server.extra import require_extra  # noqa: PLC0415
+
+            require_extra("aiokv.testing.ScriptedService")
+            from aiokv.testing.service import ScriptedService  # noqa: PLC0415
+
+            return globals().setdefault(name, ScriptedService)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ import pytest
 from aiokv import AsyncKVStore, ConfigurationError
 from aiokv.backends import registry
 from aiokv.backends.memory import MemoryBackend
-from aiokv.backends.registry import check_url, open_backend, redacted_url
+from aiokv.backends.registry import canonical_url, check_url, open_backend, redacted_url
 
 Install = Callable[..., None]
 
@@ -147,3 +147,14 @@ def test_message_of_an_unknown_scheme_says_what_is_known() -> None:
 )
 def test_redacted_url_hides_what_stands_before_an_at_sign(url: str, redacted: str) -> None:
     assert redacted_url(url) == redacted
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.com\\.fal.ai", "[::1].fal.ai", "xn--gateway-.alpha.fal.ai", "xn--a.b", "a..b", "a" * 64, "é" * 70, "."]
+)
+async def test_url_whose_host_cannot_be_used_is_refused_and_named(host: str) -> None:
+    with pytest.raises(ConfigurationError, match="names no valid host; known forms") as caught:
+        canonical_url(f"https://{host}/prefix")
+    assert repr(f"https://{host}")[:-1] in str(caught.value)
+    with pytest.raises(ConfigurationError, match="names no valid host"):
+        await AsyncKVStore("db", url=f"https://{host}", credentials="id:secret").get("k")

@@ -13,15 +13,15 @@ import pytest
 from helpers import FakeClock, wait_until
 
 from aiokv import ConfigurationError, StorageError, StorageFullError, StoreClosedError
-from aiokv.backends import sqlite_file, sqlite_writer
+from aiokv.backends import sqlite_commit, sqlite_file
 from aiokv.backends.sqlite import SqliteBackend
-from aiokv.backends.sqlite_file import APPLICATION_ID, SCHEMA_VERSION
+from aiokv.backends.sqlite_schema import APPLICATION_ID, SCHEMA_VERSION
 
 
 def row_count(path: Path) -> int:
     connection = sqlite3.connect(path)
     try:
-        count: int = connection.execute("SELECT count(*) FROM entries").fetchone()[0]
+        count: int = connection.execute("SELECT count(*) FROM entries_v2").fetchone()[0]
         return count
     finally:
         connection.close()
@@ -71,13 +71,13 @@ async def test_values_outlive_the_process_that_wrote_them(tmp_path: Path) -> Non
 
 async def test_concurrent_sets_are_committed_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
-    commit = sqlite_writer.Writer._commit
+    commit = sqlite_commit.Committer.commit
 
-    def count(self: sqlite_writer.Writer, batch: list[sqlite_writer.Write]) -> object:
+    def count(self: sqlite_commit.Committer, batch: list[sqlite_commit.Write]) -> object:
         batches.append(len(batch))
         return commit(self, batch)
 
-    monkeypatch.setattr(sqlite_writer.Writer, "_commit", count)
+    monkeypatch.setattr(sqlite_commit.Committer, "commit", count)
     await (await filled(tmp_path / "kv.db", 500)).aclose()
     assert sum(batches) == 500
     assert len(batches) < 50
@@ -236,7 +236,7 @@ async def test_log_cut_at_any_byte_leaves_a_prefix_of_the_commits(tmp_path: Path
             lambda path: _database(
                 path, f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION + 1}"
             ),
-            "schema version 2, this aiokv knows up to 1.*Upgrade",
+            "schema version 3, this aiokv knows up to 2.*Upgrade",
         ),
         (lambda path: path.mkdir(), "cannot be opened"),
     ],

@@ -57,6 +57,7 @@ def test_value_from_standard_input_is_stored_byte_for_byte(home: Path) -> None:
         (("serve", "--port", "0", "--tls-cert", "c.pem"), "c.pem does not exist"),
         (("serve", "--port", "0", "--store", "sqlite:///absent/kv.db"), "absent does not exist; make it first"),
         (("access", "add", "a:b", "--access-file", "f"), "account must be"),
+        (("access", "add", "alice"), "pass --access-file F, or set AIOKV_ACCESS_FILE"),
     ],
 )
 def test_what_cannot_work_fails_with_one_message_and_no_trace(home: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -65,6 +66,19 @@ def test_what_cannot_work_fails_with_one_message_and_no_trace(home: Path, argume
     assert words in err
     assert err.startswith("aiokv: ")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("serve", "--min-free", "5M"), "unrecognized arguments: --min-free 5M; did you mean --min-free-bytes?"),
+        (("get", "db", "k", "--zzz"), "unrecognized arguments: --zzz\n"),
+    ],
+)
+def test_unknown_flags_are_refused_and_the_nearest_is_named(home: Path, arguments: tuple[str, ...], words: str) -> None:
+    code, out, err = aiokv(*arguments, home=home)
+    assert (code, out) == (2, b"")
+    assert words in err
 
 
 @pytest.mark.parametrize("command", [(), ("serve",), ("access",), ("access", "add"), ("get",), ("set",), ("delete",)])

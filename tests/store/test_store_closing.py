@@ -149,13 +149,13 @@ async def test_closing_in_the_moment_in_which_a_call_runs_out_of_time_succeeds(m
     async def close_as_time_runs_out() -> None:
         await close()
         # As its timer does, in the same turn of the loop: the call has had none since.
-        bound._on_timeout()
+        bound._expire()
 
     monkeypatch.setattr(session, "request", connect_for_ever)
     monkeypatch.setattr(session, "close", close_as_time_runs_out)
     call = asyncio.create_task(backend.get("db", "k"))
     await asyncio.sleep(0)
-    (bound,) = backend._transport._timeouts
+    (bound,) = backend._transport._deadlines.values()
     await backend.aclose()
     with pytest.raises(CallError):
         await call

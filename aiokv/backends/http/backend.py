@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 
 from yarl import URL
 
+from aiokv.backends.http.availability import availability_of
 from aiokv.backends.http.credentials import choose_credentials, find_authorization, token_url
 from aiokv.backends.http.hedge import HedgePolicy, Hedger
 from aiokv.backends.http.options import Credentials, HttpOptions
@@ -84,6 +85,7 @@ class RemoteBackend:
         self._transport = Transport(options or HttpOptions())
         self._loop = asyncio.get_running_loop()
         self._quota = quota_of(self._host)
+        self._availability = availability_of(url)
         # The last write of each entry, which the next one waits for.
         self._last_writes: dict[tuple[str, str], asyncio.Future[None]] = {}
         self._hedgers: dict[HedgePolicy, Hedger] = {}
@@ -202,7 +204,7 @@ class RemoteBackend:
                 header = await self._new_header(deadline, refused=header)
                 answer = await self._send(call, header, deadline)
             if answer.status == _OK:
-                return _parse_answer(answer, write=call.verb != "get")
+                return self._parse_answer(call, answer, header)
             if answer.status == _NOT_FOUND and call.verb == "get":
                 return None
             raise self._refused_call(call, answer, header)
@@ -215,8 +217,10 @@ class RemoteBackend:
         if call.body is not None:
             headers["Content-Type"] = "text/plain; charset=utf-8"
         if self._hedger is None or call.verb != "get":
-            return await self._transport.request(METHODS[call.verb], call.url, headers, call.body, self._timeouts, deadline)
-        send = partial(self._transport.request, "GET", call.url, headers, None, self._timeouts, deadline)
+            return await self._transport.request(
+                METHODS[call.verb], call.url, headers, call.body, self._timeouts, deadline, self._availability
+            )
+        send = partial(self._transport.request, "GET", call.url, headers, None, self._timeouts, deadline, self._availability)
         return await self._hedger.first_of(send, is_good=_is_good, may_hedge=lambda: not self._transport.busy)
 
     async def _new_header(self, deadline: float, refused: str | None = None) -> str | None:
@@ -262,11 +266,13 @@ class RemoteBackend:
             ) from error
         headers = {"Authorization": authorization, "Content-Type": "application/json"}
 
+        host, secrets = availability_of(self._token_url), _secrets_of(authorization)
+
         async def attempt() -> Token:
-            answer = await self._transport.request("POST", self._token_url, headers, b"{}", self._timeouts, deadline)
+            answer = await self._transport.request("POST", self._token_url, headers, b"{}", self._timeouts, deadline, host)
             if answer.status != _OK:
                 raise _refused_exchange(answer, authorization, source)
-            return parse_token(answer, source)
+            return parse_token(answer, source, secrets)
 
         quota = quota_of(self._token_url.authority)
         try:
@@ -285,8 +291,28 @@ class RemoteBackend:
             error.maybe_applied = False
             raise
 
+    def _parse_answer(self, call: _Call, answer: Answer, header: str | None) -> str | None:
+        """Return the value of a get's 200; check the 200 of a write."""
+        write = call.verb != "get"
+        try:
+            if not write:
+                return parse_value_body(answer.body)
+            check_done_body(answer.body)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            return None
+        # Not tried again: the next answer would be the same.
+        request_id = _request_id(answer, self._secrets(call, header))
+        raise ResponseError(reason, status=answer.status, request_id=request_id, maybe_applied=write)
+
+    def _secrets(self, call: _Call, header: str | None) -> tuple[str, ...]:
+        """Return what an answer may echo, and no message may repeat."""
+        of_credentials = () if self._tokens is None else self._tokens.secrets
+        return (*_secrets_of(header), *of_credentials, call.value)
+
     def _refused_call(self, call: _Call, answer: Answer, header: str | None) -> CallError:
-        error = _error_of(answer, (*_secrets_of(header), call.value), write=call.verb != "get")
+        error = _error_of(answer, self._secrets(call, header), write=call.verb != "get")
         if answer.status in {_UNAUTHORIZED, _FORBIDDEN}:
             if header is None or self._tokens is None:
                 error.reason += "; no credentials were sent: pass credentials='<id>:<secret>' or set AIOKV_KEY"
@@ -327,20 +353,6 @@ def _is_good(answer: Answer) -> bool:
     return answer.status in {_OK, _NOT_FOUND}
 
 
-def _parse_answer(answer: Answer, *, write: bool) -> str | None:
-    """Return the value of a get's 200; check the 200 of a write."""
-    try:
-        if not write:
-            return parse_value_body(answer.body)
-        check_done_body(answer.body)
-    except ValueError as error:
-        reason = str(error)
-    else:
-        return None
-    # Not tried again: the next answer would be the same.
-    raise ResponseError(reason, status=answer.status, request_id=_request_id(answer), maybe_applied=write)
-
-
-def _request_id(answer: Answer, secrets: tuple[str, ...] = ()) -> str | None:
+def _request_id(answer: Answer, secrets: tuple[str, ...]) -> str | None:
     request_id = answer.headers.get("X-Fal-Request-Id") or answer.headers.get("X-Request-Id")
     return printable(redact(request_id, secrets)) if request_id else None

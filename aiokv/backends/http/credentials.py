@@ -5,6 +5,7 @@ Source: the order of the search and the token endpoint are those of the official
 """
 
 import asyncio
+import functools
 import importlib.util
 import os
 import sys
@@ -18,8 +19,10 @@ from aiokv.backends.http.options import Credentials, check_key_form
 from aiokv.errors import ConfigurationError, CredentialsError
 from aiokv.wire import TOKEN_PATH, is_loopback
 
-FAL_DOMAINS = ("fal.media", "fal.ai", "fal.run")
-DEFAULT_FAL_REST_HOST = "rest.alpha.fal.ai"
+FAL_DOMAINS = ("fal.media", "fal.ai")
+# Below these are the apps of fal's customers, who must not see each other's credentials.
+TENANT_DOMAINS = ("fal.run", "gateway.alpha.fal.ai")
+DEFAULT_FAL_GRPC_HOST = "api.alpha.fal.ai"
 FAL_LOGIN = "the login of `fal auth login`"
 
 
@@ -100,7 +103,7 @@ def find_fal_key() -> KeyCredentials | None:
     if key := os.environ.get("FAL_KEY"):
         return KeyCredentials(key.strip(), "FAL_KEY")
     path = _fal_config_path()
-    if key := _fal_profile_key(path):
+    if key := _fal_profile_text(path, "key"):
         return KeyCredentials(key.strip(), f"the key of the active profile in {path}")
     if key := _colab_key():
         return KeyCredentials(key.strip(), "FAL_KEY of Google Colab's user data")
@@ -115,7 +118,8 @@ def _fal_config_path() -> str:
     return os.path.expanduser(os.environ.get("FAL_CONFIG_PATH", "~/.fal/config.toml"))  # noqa: PTH111
 
 
-def _fal_profile_key(path: str) -> str | None:
+def _fal_profile_text(path: str, name: str) -> str | None:
+    """Return a setting of the active profile; None where it is no text, or empty."""
     try:
         with open(path, "rb") as file:  # noqa: PTH123 (an empty path is no file, and no folder either)
             config = tomllib.load(file)
@@ -128,14 +132,20 @@ def _fal_profile_key(path: str) -> str | None:
         internal = config.get("__internal__")
         chosen = os.environ.get("FAL_PROFILE") or (internal.get("profile") if isinstance(internal, dict) else None)
         profile = config.get(chosen) if isinstance(chosen, str) else None
-        key = profile.get("key") if isinstance(profile, dict) else None
-        return key if isinstance(key, str) and key else None
-    raise CredentialsError(f"{path} cannot be read as TOML ({reason}); repair it, or set FAL_KEY='<id>:<secret>'")
+        text = profile.get(name) if isinstance(profile, dict) else None
+        return text if isinstance(text, str) and text else None
+    raise CredentialsError(
+        f"{path} cannot be read as TOML ({reason}); repair it, or set FAL_KEY='<id>:<secret>' and FAL_REST_HOST"
+    )
 
 
 def _colab_key() -> str | None:
-    if "google.colab" not in sys.modules:
-        return None
+    return _ask_colab() if "google.colab" in sys.modules else None
+
+
+@functools.cache
+def _ask_colab() -> str | None:
+    # Once in a process: Colab may ask the user each time.
     try:
         from google.colab import userdata  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: PLC0415
 
@@ -177,17 +187,21 @@ def _nothing_found(login: str) -> str:
 
 
 def is_fal_host(host: str | None) -> bool:
-    """Return whether a host belongs to fal.
+    """Return whether a host is fal's own.
 
     Args:
         host: A host name.
 
     Returns:
-        True for fal's domains and every name below them.
+        True for fal's domains and every name below them, except those where its customers' apps run.
     """
     # A host name may end with the dot of the root.
     host = (host or "").removesuffix(".")
-    return any(host == domain or host.endswith(f".{domain}") for domain in FAL_DOMAINS)
+    return _is_in(host, FAL_DOMAINS) and not _is_in(host, TENANT_DOMAINS)
+
+
+def _is_in(host: str, domains: tuple[str, ...]) -> bool:
+    return any(host == domain or host.endswith(f".{domain}") for domain in domains)
 
 
 def choose_credentials(url: URL, given: "str | Credentials | None") -> Credentials | None:
@@ -231,14 +245,27 @@ def token_url(url: URL) -> URL:
         fal's REST host for fal's stores, else the store's own token endpoint.
 
     Raises:
-        ConfigurationError: `FAL_HOST` is set and does not begin with `api`.
+        ConfigurationError: `FAL_HOST` or the `host` of fal's active profile does not begin with `api`, or fal's configuration
+            file cannot be read.
     """
     if not is_fal_host(url.host):
         return URL(str(url).rstrip("/") + TOKEN_PATH, encoded=True)
-    rest_host = os.environ.get("FAL_REST_HOST")
-    if not rest_host:
-        host = os.environ.get("FAL_HOST")
-        if host and not host.startswith("api"):
-            raise ConfigurationError("FAL_HOST must begin with 'api'; set FAL_REST_HOST to name another host")
-        rest_host = host.replace("api", "rest", 1) if host else DEFAULT_FAL_REST_HOST
+    rest_host = os.environ.get("FAL_REST_HOST") or _rest_host_of(_fal_grpc_host())
     return URL(f"https://{rest_host}{TOKEN_PATH}?storage_type=fal-cdn-v3", encoded=True)
+
+
+def _fal_grpc_host() -> str:
+    if host := os.environ.get("FAL_GRPC_HOST"):
+        return host
+    path = _fal_config_path()
+    if host := os.environ.get("FAL_HOST"):
+        source = "FAL_HOST"
+    else:
+        host, source = _fal_profile_text(path, "host"), f"the host of the active profile in {path}"
+    if host and not host.startswith("api"):
+        raise ConfigurationError(f"{source} must begin with 'api'; set FAL_REST_HOST to name another host for tokens")
+    return host or DEFAULT_FAL_GRPC_HOST
+
+
+def _rest_host_of(host: str) -> str:
+    return host.replace("api", "rest", 1) if host.startswith("api") else host

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from aiokv import telemetry
-from aiokv.errors import CallError, ConfigurationError, ThrottledError
+from aiokv.errors import CallError, ConfigurationError, ConnectError, ThrottledError, TransportError
 from aiokv.record import Record
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ class RetryPolicy(Record, kw_only=True):
         backoff_cap: The upper bound of every wait.
         throttled_base: The upper bound of the first wait where the service asks to slow down.
         throttled_cap: The upper bound of every such wait.
+        wait_for_ready: How long a call waits for a host that takes no connections, from when that was first seen, so that a
+            restart of the server costs no call. After that, calls to this host fail at once, until it is back. 0 waits for no
+            host. The wait is part of one attempt, and draws on no quota.
     """
 
     attempts: int = 4
@@ -55,6 +58,7 @@ class RetryPolicy(Record, kw_only=True):
     backoff_cap: float = 2.0
     throttled_base: float = 1.0
     throttled_cap: float = 20.0
+    wait_for_ready: float = 3.0
 
     def __post_init__(self) -> None:
         if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
@@ -62,18 +66,18 @@ class RetryPolicy(Record, kw_only=True):
         for name in ("total_timeout", "attempt_timeout", "connect_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be more than 0 seconds, not {getattr(self, name)!r}")
-        for name in ("backoff_base", "backoff_cap", "throttled_base", "throttled_cap"):
+        for name in ("backoff_base", "backoff_cap", "throttled_base", "throttled_cap", "wait_for_ready"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 seconds or more, not {getattr(self, name)!r}")
 
     @classmethod
     def none(cls) -> Self:
-        """Return a policy that sends every call once.
+        """Return a policy that sends every call once, and waits for no host.
 
         Returns:
             The default timeouts with a single attempt.
         """
-        return cls(attempts=1)
+        return cls(attempts=1, wait_for_ready=0.0)
 
     def within(self, total_timeout: float | timedelta) -> Self:
         """Return this policy with another total, which no attempt outlives.
@@ -186,7 +190,7 @@ _backoff = True
 def disable_backoff() -> Generator[None]:
     """Skip the waits between attempts in the whole process, for tests; which calls are retried, and how often, stays.
 
-    A wait that would pass the deadline still fails the call at once.
+    A wait that would pass the deadline still fails the call at once. A host that takes no connections is not waited for.
     """
     global _backoff  # noqa: PLW0603 (a switch of the process)
     before, _backoff = _backoff, False
@@ -194,6 +198,11 @@ def disable_backoff() -> Generator[None]:
         yield
     finally:
         _backoff = before
+
+
+def has_backoff() -> bool:
+    """Return whether calls wait in this process: False inside `disable_backoff`."""
+    return _backoff
 
 
 def is_throttled(error: CallError) -> bool:
@@ -232,6 +241,9 @@ async def retry(  # noqa: PLR0913, PLR0917 (all that decides about a sequence)
     Raises:
         CallError: The last attempt's error, with `attempts` counted and `maybe_applied` true where any attempt's was.
     """
+    if isinstance(first_error, ConnectError):
+        # It has been waited for; its attempts are counted.
+        raise first_error
     if not first_error.transient or policy.attempts == 1:
         first_error.attempts = 1
         raise first_error
@@ -267,8 +279,8 @@ class _Sequence(Generic[R]):
 
         # A new instance for each sequence: a shared one mixes up concurrent calls.
         sequence = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, CallError) and error.transient),
-            wait=lambda state: self._policy.wait_seconds(state.attempt_number, _error_of(state)),
+            retry=tenacity.retry_if_exception(_is_worth_another_try),
+            wait=lambda state: self._wait_seconds(state.attempt_number, _error_of(state)),
             stop=self._stops,
             before_sleep=self._notify,
             sleep=sleep,
@@ -277,7 +289,8 @@ class _Sequence(Generic[R]):
         try:
             result: R = await sequence(self._next)
         except CallError as error:
-            error.attempts = self._attempts
+            # An attempt that found the host away was none.
+            error.attempts = self._attempts - (isinstance(error, ConnectError) and not error.attempts)
             if self._maybe_applied and not error.maybe_applied:
                 # This attempt may say that nothing was stored; it cannot speak for an earlier one.
                 error.reason += "; an earlier attempt may have been applied"
@@ -315,12 +328,19 @@ class _Sequence(Generic[R]):
         if late or state.attempt_number >= self._policy.attempts:
             return True
         error = _error_of(state)
-        self._paid_tokens = THROTTLED_COST_TOKENS if is_throttled(error) else TRANSIENT_COST_TOKENS
+        if _is_free(error):
+            self._paid_tokens = 0
+        else:
+            self._paid_tokens = THROTTLED_COST_TOKENS if is_throttled(error) else TRANSIENT_COST_TOKENS
         if self._quota.pay(self._paid_tokens):
             self._is_waiting = True
             return False
         error.reason += "; not tried again, since most calls to this host fail (its retry quota is spent)"
         return True
+
+    def _wait_seconds(self, number: int, error: CallError) -> float:
+        # The next attempt waits for the host itself.
+        return 0.0 if _is_free(error) else self._policy.wait_seconds(number, error)
 
     def _notify(self, state: "RetryCallState") -> None:
         error, number = _error_of(state), state.attempt_number
@@ -333,6 +353,15 @@ class _Sequence(Generic[R]):
             error,
         )
         telemetry.retried(number, state.upcoming_sleep, error)
+
+
+def _is_free(error: CallError) -> bool:
+    """Return whether a request went down with its host, so that sending it again draws on no quota."""
+    return isinstance(error, TransportError) and error.broke_with_host
+
+
+def _is_worth_another_try(error: BaseException) -> bool:
+    return isinstance(error, CallError) and error.transient and not isinstance(error, ConnectError)
 
 
 def _error_of(state: "RetryCallState") -> CallError:

@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-import orjson
-
 from aiokv import clock as process_clock
+from aiokv.backends.base import is_patient
 from aiokv.backends.http.transport import Answer
+from aiokv.bounded_json import parse_object
 from aiokv.errors import AioKVError, CallError, CallTimeoutError, ResponseError, StoreClosedError
 from aiokv.wire import parse_http_date
 
@@ -29,19 +29,22 @@ class Token:
         header: The Authorization header of the calls; `repr` does not show it.
         lifetime_seconds: How long it had to live when it was received.
         source: Where the credentials were found that it was exchanged for.
+        secrets: What no message may repeat of these; `repr` does not show it.
     """
 
     header: str = field(repr=False)
     lifetime_seconds: float
     source: str = "credentials"
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
-def parse_token(answer: Answer, source: str = "credentials") -> Token:
+def parse_token(answer: Answer, source: str = "credentials", secrets: tuple[str, ...] = ()) -> Token:
     """Parse a token endpoint's answer.
 
     Args:
         answer: Its answer with status 200.
         source: Where the credentials were found that were exchanged.
+        secrets: What no message may repeat of these.
 
     Returns:
         The token; its life is measured on the server's own clock where the answer has a Date header.
@@ -50,19 +53,19 @@ def parse_token(answer: Answer, source: str = "credentials") -> Token:
         ResponseError: The answer holds no usable token.
     """
     try:
-        body = orjson.loads(answer.body)
+        body = parse_object(answer.body) or {}
         token_type, token = body["token_type"], body["token"]
         header = f"{token_type} {token}"
         expires_at = datetime.fromisoformat(body["expires_at"])
         usable = isinstance(token_type, str) and isinstance(token, str) and token_type and token
         if not (usable and header.isascii() and header.isprintable()) or expires_at.tzinfo is None:
             raise ValueError  # noqa: TRY301 (one message for all faults)
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         # Not chained: the cause may hold the token.
         header, expires_at = "", datetime.fromtimestamp(process_clock.now(), UTC)
     if not header:
         raise ResponseError("the token endpoint's answer has no usable token, token_type and expires_at (ISO 8601, zone)")
-    return Token(header, (expires_at - _server_time(answer)).total_seconds(), source)
+    return Token(header, (expires_at - _server_time(answer)).total_seconds(), source, secrets)
 
 
 def _server_time(answer: Answer) -> datetime:
@@ -89,6 +92,8 @@ class TokenSource:
         self._renewal: asyncio.Task[None] | None = None
         self.source = "credentials"
         """Where the credentials of the present token were found."""
+        self.secrets: tuple[str, ...] = ()
+        """What no message may repeat of these."""
 
     def current(self, exchange: Exchange) -> str | None:
         """Return the header for a call now; start a renewal in the background where it is due.
@@ -157,6 +162,8 @@ class TokenSource:
         return self._renewal
 
     async def _renew(self, exchange: Exchange) -> None:
+        # For all calls, whichever began it.
+        is_patient.set(True)
         try:
             token = await exchange()
         except Exception as error:
@@ -173,6 +180,7 @@ class TokenSource:
         now = process_clock.monotonic() if self._clock is None else self._clock()
         self._header = token.header
         self.source = token.source
+        self.secrets = token.secrets
         self._expires_at = now + lifetime
         self._renew_at = self._expires_at - min(lifetime / 5, _MAX_RENEWAL_MARGIN_SECONDS)
         logger.debug("fetched a token for %.0f s", lifetime)

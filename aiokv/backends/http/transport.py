@@ -1,11 +1,10 @@
 """One HTTP request on a pooled session: an answer, or an error of aiokv. It knows nothing of keys, tokens or retries."""
 
 import asyncio
+import contextlib
 import io
-import os
-import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -13,11 +12,14 @@ import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
+from aiokv.backends.base import is_patient
+from aiokv.backends.http.aiohttp_errors import map_error
+from aiokv.backends.http.availability import Availability
 from aiokv.backends.http.options import HttpOptions
-from aiokv.backends.http.retry import RetryPolicy
+from aiokv.backends.http.retry import RetryPolicy, has_backoff
+from aiokv.deadlines import Bound, SharedDeadline
 from aiokv.errors import (
     CallError,
-    CallTimeoutError,
     ConfigurationError,
     ConnectError,
     PoolTimeoutError,
@@ -31,6 +33,9 @@ from aiokv.wire import MAX_ANSWER_BYTES, MAX_ERROR_BODY_BYTES
 _MAX_DIRECT_BODY_BYTES = 2**20
 _OK = 200
 _LEAST_ATTEMPT_SECONDS = 0.005
+# A shared deadline may be so much later than the call's own.
+_DEADLINE_SLACK_SECONDS = 0.001
+_MAX_DEADLINES = 64
 
 
 class Answer(NamedTuple):
@@ -48,11 +53,13 @@ class Timeouts:
         policy: The retry policy that holds the limits.
     """
 
-    __slots__ = ("attempt_seconds", "connect_seconds", "of_session")
+    __slots__ = ("attempt_seconds", "connect_seconds", "of_session", "ready_seconds")
 
     def __init__(self, policy: RetryPolicy) -> None:
-        self.attempt_seconds = policy.attempt_timeout
+        # That of most attempts: later ones may have less.
+        self.attempt_seconds = min(policy.attempt_timeout, policy.total_timeout)
         self.connect_seconds = policy.connect_timeout
+        self.ready_seconds = policy.wait_for_ready
         self.of_session = aiohttp.ClientTimeout(total=None, sock_connect=policy.connect_timeout)
 
 
@@ -91,8 +98,10 @@ class Transport:
         self._loop = asyncio.get_running_loop()
         # In front of the pool: so a wait for a connection and a slow server are different errors.
         self._slots = asyncio.Semaphore(options.pool_size)
-        # The timeouts of the requests under way, which closing brings forward.
+        # Of the requests under way, which closing brings forward: by their length, and those that are shorter.
+        self._deadlines: dict[float, SharedDeadline] = {}
         self._timeouts: set[asyncio.Timeout] = set()
+        self._waited_for: set[Availability] = set()
         self._connector = _Connector(options)
         self._session = aiohttp.ClientSession(
             connector=self._connector,
@@ -123,8 +132,9 @@ class Transport:
         body: bytes | None,
         timeouts: Timeouts,
         deadline: float,
+        host: Availability,
     ) -> Answer:
-        """Send a request once.
+        """Send a request once, as soon as its host takes connections.
 
         Args:
             method: The HTTP method.
@@ -133,26 +143,64 @@ class Transport:
             body: The request's body.
             timeouts: The limits of one attempt.
             deadline: The event loop's time by which the answer must have arrived.
+            host: What is known of the host of the address.
 
         Returns:
             The answer, whatever its status; the body of an error is cut at 64 KiB.
 
         Raises:
             PoolTimeoutError: No connection came free before the deadline.
-            ConnectError: No connection could be made.
+            ConnectError: No connection could be made, and the host was waited for; `attempts` is 0 where none was tried.
             CallTimeoutError: The attempt's time or the deadline passed.
             TransportError: The connection broke.
             ResponseError: The answer is not HTTP, or larger than any value can be.
             StoreClosedError: The session was closed meanwhile.
         """
-        if self._slots.locked():
-            await self._wait_for_slot(deadline)
-        else:
-            await self._slots.acquire()
-        try:
-            return await self._send(method, url, headers, body, timeouts, deadline)
-        finally:
-            self._slots.release()
+        refused: ConnectError | None = None
+        while True:
+            if not host.is_open:
+                await self._wait_for_host(host, timeouts, deadline, refused)
+            must_wait = self._slots.locked()
+            if must_wait:
+                await self._wait_for_slot(deadline)
+            else:
+                await self._slots.acquire()
+            generation = host.generation
+            try:
+                if must_wait and host.blocks(_ready_seconds(timeouts)):
+                    # The host was lost meanwhile.
+                    continue
+                answer = await self._send(method, url, headers, body, timeouts, deadline)
+            except ConnectError as error:
+                error.attempts = 1
+                if not error.transient:
+                    raise
+                host.refused(error.reason)
+                refused = error
+            except TransportError as error:
+                error.broke_with_host = host.broke(generation)
+                raise
+            else:
+                if not host.is_well:
+                    host.answered(generation)
+                return answer
+            finally:
+                self._slots.release()
+
+    async def _wait_for_host(
+        self, host: Availability, timeouts: Timeouts, deadline: float, refused: ConnectError | None
+    ) -> None:
+        """Wait until a host takes connections; raise what it refused this call with where that takes too long."""
+        ready_seconds = _ready_seconds(timeouts)
+        allowed_seconds = deadline - _LEAST_ATTEMPT_SECONDS - self._loop.time()
+        self._waited_for.add(host)
+        if await host.wait(ready_seconds, allowed_seconds, timeouts.connect_seconds, lambda: self._session.closed):
+            return
+        if self._session.closed:
+            raise StoreClosedError("the store was closed meanwhile")
+        if refused is not None:
+            raise refused
+        raise ConnectError(f"{host.away()}; calls fail at once, but for one that looks now and then, until the host is back")
 
     async def _wait_for_slot(self, deadline: float) -> None:
         try:
@@ -177,13 +225,17 @@ class Transport:
         # Anything but a GET may change something: once it is sent, a failure leaves its outcome unknown.
         write = method != "GET"
         data = io.BytesIO(body) if body is not None and len(body) > _MAX_DIRECT_BODY_BYTES else body
-        allowed_until = min(deadline, self._loop.time() + timeouts.attempt_seconds)
         cause: Exception | None
         response: aiohttp.ClientResponse | None = None
-        timeout = asyncio.timeout_at(allowed_until)
-        self._timeouts.add(timeout)
+        seconds = timeouts.attempt_seconds
         try:
-            async with timeout:
+            if deadline - self._loop.time() > seconds - _DEADLINE_SLACK_SECONDS:
+                with Bound(self._deadlines.get(seconds) or self._deadline(seconds)):
+                    response = await self._session.request(
+                        method, url, data=data, headers=headers, allow_redirects=False, timeout=timeouts.of_session
+                    )
+                    return Answer(response.status, response.headers, await _read(response))
+            async with self._timeout_at(deadline):
                 response = await self._session.request(
                     method, url, data=data, headers=headers, allow_redirects=False, timeout=timeouts.of_session
                 )
@@ -198,7 +250,7 @@ class Transport:
             if self._session.closed:
                 ours: CallError = StoreClosedError("the store was closed meanwhile", maybe_applied=write and connected)
             else:
-                ours = map_error(error, timeouts, write=write, connected=connected)
+                ours = map_error(error, timeouts.connect_seconds, write=write, connected=connected)
         except RuntimeError as error:
             if not self._session.closed:
                 raise
@@ -206,15 +258,35 @@ class Transport:
             maybe_applied = write and response is not None
             cause, ours = error, StoreClosedError("the store is closed", maybe_applied=maybe_applied)
         finally:
-            self._timeouts.discard(timeout)
             if self._connector.unconnected:
                 self._connector.unconnected.discard(asyncio.current_task())
         raise ours from cause
 
+    def _deadline(self, seconds: float) -> SharedDeadline:
+        if len(self._deadlines) >= _MAX_DEADLINES:
+            # A program that computes its timeouts never comes back to most of them.
+            self._deadlines = {length: deadline for length, deadline in self._deadlines.items() if deadline.waiting}
+        return self._deadlines.setdefault(seconds, SharedDeadline(seconds))
+
+    @contextlib.asynccontextmanager
+    async def _timeout_at(self, deadline: float) -> AsyncGenerator[None]:
+        """Bound an attempt that has less time than most, so that it cannot share their timer."""
+        timeout = asyncio.timeout_at(deadline)
+        self._timeouts.add(timeout)
+        try:
+            async with timeout:
+                yield
+        finally:
+            self._timeouts.discard(timeout)
+
     async def aclose(self) -> None:
         """Close every connection and end every request that is under way."""
         await self._session.close()
+        for host in self._waited_for:
+            host.wake()
         # aiohttp does not end requests that wait for the rest of a body.
+        for deadline in self._deadlines.values():
+            deadline.expire()
         for timeout in self._timeouts:
             # An expired timeout cannot be rescheduled; its request is ending anyway.
             if not timeout.expired():
@@ -227,6 +299,11 @@ class Transport:
         if connector is not None:
             # Without the loop nothing can be sent; this only keeps the object from warning that it is open.
             connector._closed = True  # noqa: SLF001
+
+
+def _ready_seconds(timeouts: Timeouts) -> float:
+    """Return how long the running call waits for a host that takes no connections."""
+    return timeouts.ready_seconds if is_patient.get() and has_backoff() else 0.0
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
@@ -257,81 +334,6 @@ async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
         return body[:limit_bytes]
     response.release()
     return body
-
-
-class _Mapped(NamedTuple):
-    """What one of aiohttp's exceptions becomes."""
-
-    kind: type[CallError]
-    message: str
-    # Whether the other side may have seen the request.
-    sent: bool
-    transient: bool | None = None
-
-
-_BAD_URL = _Mapped(ConnectError, "aiohttp refuses the URL", sent=False, transient=False)
-_NOT_HTTP = _Mapped(ResponseError, "the answer is not HTTP ({detail})", sent=True)
-_NO_ANSWER = _Mapped(CallTimeoutError, "no answer in time", sent=True)
-_NOT_IN_TIME = _Mapped(CallTimeoutError, "no connection before the call's time was over", sent=False)
-_BROKEN = _Mapped(TransportError, "the connection broke ({detail})", sent=True)
-
-# The most special first: the first one that an exception is an instance of counts.
-ERROR_MAP: dict[type[Exception], _Mapped] = {
-    aiohttp.ConnectionTimeoutError: _Mapped(ConnectError, "no connection within {connect_seconds:g} s", sent=False),
-    aiohttp.ServerTimeoutError: _NO_ANSWER,
-    TimeoutError: _NO_ANSWER,
-    aiohttp.ClientConnectorCertificateError: _Mapped(
-        ConnectError,
-        "the server's certificate is not trusted ({detail}); name its authority with HttpOptions(ca_file=...) or SSL_CERT_FILE",
-        sent=False,
-        transient=False,
-    ),
-    aiohttp.ClientConnectorDNSError: _Mapped(ConnectError, "the host name cannot be resolved ({detail})", sent=False),
-    aiohttp.ClientSSLError: _Mapped(ConnectError, "the TLS handshake failed ({detail})", sent=False),
-    aiohttp.ServerFingerprintMismatch: _Mapped(ConnectError, "the certificate is another one", sent=False, transient=False),
-    aiohttp.ClientConnectorError: _Mapped(ConnectError, "no connection ({detail})", sent=False),
-    aiohttp.ClientResponseError: _NOT_HTTP,
-    HttpProcessingError: _NOT_HTTP,
-    aiohttp.InvalidURL: _BAD_URL,
-    aiohttp.NonHttpUrlClientError: _BAD_URL,
-    aiohttp.RedirectClientError: _BAD_URL,
-    aiohttp.ClientPayloadError: _BROKEN,
-    aiohttp.ClientConnectionError: _BROKEN,
-    aiohttp.ClientError: _BROKEN,
-    OSError: _BROKEN,
-}
-
-
-def map_error(error: Exception, timeouts: Timeouts, *, write: bool, connected: bool = True) -> CallError:
-    """Return aiokv's error for one of aiohttp's or the system's.
-
-    Args:
-        error: The other library's error.
-        timeouts: Those of the request, for the message.
-        write: Whether the request would have changed something.
-        connected: False where the request is known to have had no connection, so that nothing was sent.
-
-    Returns:
-        The error, without headers and bodies; a write that was sent may have been applied.
-    """
-    mapped = next(mapped for theirs, mapped in ERROR_MAP.items() if isinstance(error, theirs))
-    if mapped is _NO_ANSWER and not connected:
-        mapped = _NOT_IN_TIME
-    message = mapped.message.format(detail=_detail(error), connect_seconds=timeouts.connect_seconds)
-    return mapped.kind(message, maybe_applied=write and mapped.sent and connected, transient=mapped.transient)
-
-
-def _detail(error: Exception) -> str:
-    """Return the cause of an error, in the system's words where it has any."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return str(error.certificate_error)
-    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    if isinstance(cause, socket.gaierror | ssl.SSLError):
-        # Their numbers are not those of os.strerror.
-        return cause.strerror or type(cause).__name__
-    if isinstance(cause, OSError) and cause.errno:
-        return os.strerror(cause.errno)
-    return type(cause).__name__
 
 
 def _ssl_context(ca_file: str) -> ssl.SSLContext:

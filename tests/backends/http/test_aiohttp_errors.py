@@ -14,8 +14,7 @@ from aiohttp.client_exceptions import UnixClientConnectorError
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from aiokv.backends.http.retry import RetryPolicy
-from aiokv.backends.http.transport import ERROR_MAP, Timeouts, map_error
+from aiokv.backends.http.aiohttp_errors import ERROR_MAP, map_error
 from aiokv.errors import CallError, CallTimeoutError, ConnectError, ResponseError, TransportError
 
 # A server's, a multipart body's, and a WebSocket's: no client of this protocol meets them.
@@ -98,7 +97,6 @@ def exceptions_of_aiohttp() -> dict[str, type[BaseException]]:
 
 
 CLASSES = exceptions_of_aiohttp()
-TIMEOUTS = Timeouts(RetryPolicy())
 
 
 def made(kind: type[BaseException]) -> Any:
@@ -127,7 +125,7 @@ def test_no_exception_of_aiohttp_is_without_a_mapped() -> None:
 @pytest.mark.parametrize("write", [False, True])
 def test_exception_of_aiohttp_has_its_mapped(name: str, *, write: bool) -> None:
     kind, sent = EXPECTED[name]
-    error = map_error(made(CLASSES[name]), TIMEOUTS, write=write)
+    error = map_error(made(CLASSES[name]), 3.0, write=write)
     assert type(error) is kind
     assert error.maybe_applied is (write and sent)
     assert "hunter2" not in f"{error}{error!r}{error.__cause__!r}{error.__context__!r}"
@@ -135,12 +133,12 @@ def test_exception_of_aiohttp_has_its_mapped(name: str, *, write: bool) -> None:
 
 @pytest.mark.parametrize("error", [TimeoutError(), asyncio.TimeoutError()])  # noqa: UP041 (they are one today)
 def test_time_that_ran_out_is_told_from_a_broken_connection(error: Exception) -> None:
-    assert type(map_error(error, TIMEOUTS, write=True)) is CallTimeoutError
+    assert type(map_error(error, 3.0, write=True)) is CallTimeoutError
 
 
 @pytest.mark.parametrize("error", [OSError(104, "x"), ConnectionResetError(104, "x"), BrokenPipeError(32, "x"), ssl.SSLError()])
 def test_error_of_the_system_is_a_broken_connection(error: Exception) -> None:
-    assert type(map_error(error, TIMEOUTS, write=True)) is TransportError
+    assert type(map_error(error, 3.0, write=True)) is TransportError
 
 
 def test_certificate_and_url_are_not_worth_another_try() -> None:
@@ -152,6 +150,19 @@ def test_certificate_and_url_are_not_worth_another_try() -> None:
         aiohttp.NonHttpUrlClientError,
         aiohttp.RedirectClientError,
     }
+
+
+@pytest.mark.parametrize(
+    ("reason", "transient"),
+    [("WRONG_VERSION_NUMBER", False), ("RECORD_LAYER_FAILURE", False), ("TLSV1_ALERT", True)],
+)
+def test_handshake_with_a_server_that_speaks_no_tls_names_the_remedy(reason: str, *, transient: bool) -> None:
+    cause = ssl.SSLError(1, f"[SSL: {reason}]")
+    cause.reason = reason
+    error = map_error(aiohttp.ClientConnectorSSLError(Mock(ssl=True, host="host", port=1), cause), 3.0, write=True)
+    assert type(error) is ConnectError
+    assert error.transient is transient
+    assert ("use http://" in str(error)) is not transient
 
 
 def test_special_exceptions_stand_before_those_that_they_are_instances_of() -> None:

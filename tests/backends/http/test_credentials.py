@@ -19,14 +19,22 @@ from yarl import URL
 
 from aiokv import AsyncKVStore
 from aiokv.backends.http.backend import RemoteBackend
-from aiokv.backends.http.credentials import FalCredentials, KeyCredentials, choose_credentials, find_fal_key, token_url
+from aiokv.backends.http.credentials import (
+    FalCredentials,
+    KeyCredentials,
+    _ask_colab,
+    choose_credentials,
+    find_fal_key,
+    token_url,
+)
 from aiokv.backends.http.tokens import Token
 from aiokv.errors import ConfigurationError, CredentialsError
 from aiokv.testing import ScriptedService
 
 SECRET = "hunter2"
 
-FAL_HOSTS = ["kv.fal.media", "fal.media", "KV.FAL.MEDIA", "eu.kv.fal.media", "rest.alpha.fal.ai", "fal.run", "kv.fal.media."]
+FAL_HOSTS = ["kv.fal.media", "fal.media", "KV.FAL.MEDIA", "eu.kv.fal.media", "rest.alpha.fal.ai", "kv.fal.media."]
+TENANT_HOSTS = ["fal.run", "app.fal.run", "env.app.fal.run.", "app.gateway.alpha.fal.ai", "gateway.alpha.fal.ai"]
 FOREIGN_HOSTS = [
     "evilfal.media",
     "kv.fal.media.evil.example",
@@ -35,6 +43,7 @@ FOREIGN_HOSTS = [
     "fal.medial",
     "media",
     "127.0.0.1",
+    *TENANT_HOSTS,
 ]
 
 TWO_PROFILES = """
@@ -136,6 +145,7 @@ def install_fake_fal(monkeypatch: pytest.MonkeyPatch, login: Callable[[], object
 
 
 def install_fake_colab(monkeypatch: pytest.MonkeyPatch, read: Callable[[str], object]) -> None:
+    _ask_colab.cache_clear()
     colab = ModuleType("google.colab")
     monkeypatch.setattr(colab, "userdata", SimpleNamespace(get=read), raising=False)
     monkeypatch.setitem(sys.modules, "google.colab", colab)
@@ -210,6 +220,19 @@ def test_colab_without_a_key_is_passed_over(read: Callable[[str], object], monke
     found = find_fal_key()
     assert found is not None
     assert found.key == "pair:4"
+
+
+def test_colab_is_asked_once_whatever_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    def refuse(_name: str) -> str:
+        nonlocal asked
+        asked += 1
+        raise PermissionError("the user said no")
+
+    install_fake_colab(monkeypatch, refuse)
+    assert [find_fal_key() for _ in range(3)] == [None] * 3
+    assert asked == 1
 
 
 @pytest.mark.parametrize("key", MALFORMED_KEYS)
@@ -391,6 +414,10 @@ async def test_safe_combinations_of_host_and_credentials_are_accepted(url: str, 
         ({"FAL_HOST": "api.api.ai"}, "rest.api.ai"),
         ({"FAL_REST_HOST": "r.fal.ai", "FAL_HOST": "unfit.fal.ai"}, "r.fal.ai"),
         ({"FAL_REST_HOST": "", "FAL_HOST": ""}, "rest.alpha.fal.ai"),
+        ({"FAL_GRPC_HOST": "api.one.ai", "FAL_HOST": "api.two.ai"}, "rest.one.ai"),
+        ({"FAL_GRPC_HOST": "grpc.one.ai", "FAL_HOST": "unfit"}, "grpc.one.ai"),
+        ({"FAL_GRPC_HOST": "api.one.ai", "FAL_REST_HOST": "r.fal.ai"}, "r.fal.ai"),
+        ({"FAL_GRPC_HOST": "", "FAL_HOST": "api.two.ai"}, "rest.two.ai"),
     ],
 )
 def test_fal_token_comes_from_its_rest_host(
@@ -400,6 +427,34 @@ def test_fal_token_comes_from_its_rest_host(
         monkeypatch.setenv(name, value)
     expected = f"https://{rest_host}/storage/auth/token?storage_type=fal-cdn-v3"
     assert str(token_url(URL("https://kv.fal.media"))) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "rest_host"),
+    [({}, "rest.of.profile"), ({"FAL_PROFILE": "q"}, "rest.alpha.fal.ai"), ({"FAL_HOST": "api.two.ai"}, "rest.two.ai")],
+)
+def test_host_of_the_active_profile_names_where_tokens_come_from(
+    environment: dict[str, str], rest_host: str, monkeypatch: pytest.MonkeyPatch, no_credentials_of_this_machine: Path
+) -> None:
+    (no_credentials_of_this_machine / ".fal").mkdir()
+    config = no_credentials_of_this_machine / ".fal/config.toml"
+    config.write_text('[__internal__]\nprofile = "p"\n[p]\nhost = "api.of.profile"\n[q]\nkey = "a:b"\n')
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert token_url(URL("https://kv.fal.media")).host == rest_host
+
+
+def test_unfit_host_of_the_active_profile_is_refused(no_credentials_of_this_machine: Path) -> None:
+    (no_credentials_of_this_machine / ".fal").mkdir()
+    config = no_credentials_of_this_machine / ".fal/config.toml"
+    config.write_text('[__internal__]\nprofile = "p"\n[p]\nhost = "kv.of.profile"\n')
+    with pytest.raises(ConfigurationError, match=r"host of the active profile in .* must begin with 'api'"):
+        token_url(URL("https://kv.fal.media"))
+
+
+@pytest.mark.parametrize("host", TENANT_HOSTS)
+def test_app_of_a_customer_of_fal_is_asked_for_its_own_tokens(host: str) -> None:
+    assert token_url(URL(f"https://{host}")).host == URL(f"https://{host}").host
 
 
 @pytest.mark.parametrize("url", ["https://kv.example", "http://localhost:8787/a%2Fb/"])

@@ -296,11 +296,11 @@ async def test_deadline_spans_all_attempts(attempt_timeout: float) -> None:
 async def test_refused_connection_says_that_nothing_was_sent(verb: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    backend = RemoteBackend(URL(f"http://127.0.0.1:{port}"), sleep=no_wait)
+    backend = RemoteBackend(URL(f"http://127.0.0.1:{port}"), policy=RetryPolicy(wait_for_ready=0.05))
     error = await failure(backend, verb)
     await backend.aclose()
     assert isinstance(error, ConnectError)
-    assert (error.attempts, error.maybe_applied, error.host) == (4, False, f"127.0.0.1:{port}")
+    assert (error.attempts, error.maybe_applied, error.host) == (1, False, f"127.0.0.1:{port}")
 
 
 async def test_unknown_host_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ async def test_unknown_host_is_told_in_words(monkeypatch: pytest.MonkeyPatch) ->
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
-    backend = RemoteBackend(URL("https://kv.invalid"), sleep=no_wait)
+    backend = RemoteBackend(URL("https://kv.invalid"), policy=RetryPolicy(wait_for_ready=0))
     error = await failure(backend, "set")
     await backend.aclose()
     assert isinstance(error, ConnectError)
@@ -607,3 +607,61 @@ async def test_request_id_that_echoes_the_value_is_masked() -> None:
     async with service(Step(400, b"{}", {"X-Request-Id": f"r-{VALUE}"})) as (backend, _):
         error = await failure(backend, "set")
     assert error.request_id == "r-***"
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+@pytest.mark.parametrize("secret", ["t0ken-of-the-call", "hunter2-of-the-key"])
+async def test_request_id_that_echoes_a_credential_is_masked(status: int, secret: str) -> None:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == TOKEN_PATH:
+            token = {"token": "t0ken-of-the-call", "token_type": "Bearer", "expires_at": "2099-01-01T00:00:00Z"}
+            return web.json_response(token)
+        return web.json_response([], status=status, headers={"X-Request-Id": f"r-{secret}"})
+
+    async with ScriptedService(handler=answer) as scripted:
+        backend = RemoteBackend(URL(scripted.url), credentials="id:hunter2-of-the-key", sleep=no_wait)
+        error = await failure(backend, "set")
+        await backend.aclose()
+    assert error.request_id == "r-***"
+    assert secret not in all_texts(error)
+
+
+@pytest.mark.parametrize("header", ["9" * 400, "Fri, 31 Dec 9999 23:59:59 -2359"])
+async def test_retry_after_past_every_clock_is_a_typed_error(header: str) -> None:
+    async with service(Step(503, headers={"Retry-After": header}), OK) as (backend, recorded):
+        error = await failure(backend, "get")
+    assert isinstance(error, UnavailableError)
+    assert len(recorded.requests) == 1
+
+
+async def test_timeouts_that_a_program_computes_are_not_kept() -> None:
+    async with service(OK) as (backend, _):
+        for number in range(200):
+            await backend.with_options(RetryPolicy(total_timeout=5 + number / 100), None).get("db", "key")
+        assert len(backend._transport._deadlines) <= 64
+
+
+@pytest.mark.parametrize("total", [0.15, 10.0], ids=["total", "attempt"])
+async def test_one_timer_for_all_attempts_ends_each_in_its_own_time(total: float) -> None:
+    policy = RetryPolicy(attempts=1, total_timeout=total, attempt_timeout=0.15)
+    async with service(HANG, policy=policy) as (backend, _):
+        calls = []
+        for number in range(5):
+            calls.append(asyncio.create_task(failure(backend, "set")))
+            await asyncio.sleep(0.01 * number)
+        errors = await asyncio.gather(*calls)
+    assert {type(error) for error in errors} == {CallTimeoutError}
+    assert all(0.14 <= (error.elapsed or 0) < 5 for error in errors)
+    assert not any(deadline.waiting for deadline in backend._transport._deadlines.values())
+
+
+async def test_cancellation_in_the_moment_of_the_timeout_stays_a_cancellation() -> None:
+    async with service(HANG, policy=RetryPolicy(attempts=1, attempt_timeout=5)) as (backend, recorded):
+        task = asyncio.create_task(call(backend, "set"))
+        while not recorded.requests:
+            await asyncio.sleep(0.001)
+        (deadline,) = backend._transport._deadlines.values()
+        deadline._expire()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task

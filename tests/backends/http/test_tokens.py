@@ -461,6 +461,13 @@ def test_life_of_a_token_is_measured_on_the_clock_of_its_server(hours: int) -> N
     assert token.lifetime_seconds == 3600
 
 
+@pytest.mark.parametrize("date", ["Fri, 31 Dec 9999 23:59:59 -2359", "Mon, 01 Jan 0001 00:00:00 +2359", "9" * 400])
+@pytest.mark.parametrize("expires_at", ["9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59", "2099-01-01T00:00:00Z"])
+def test_times_at_the_ends_of_the_calendar_give_a_token(date: str, expires_at: str) -> None:
+    body = b'{"token": "t", "token_type": "Bearer", "expires_at": "%s"}' % expires_at.encode()
+    assert parse_token(Answer(200, {"Date": date}, body)).header == "Bearer t"
+
+
 @pytest.mark.parametrize("date", ["Sun, 23 Nov 2025 10:00:00 -0000", "Sun, 23 Nov 2025 10:00:00", "yesterday"])
 async def test_odd_date_header_of_the_token_endpoint_does_not_break_calls(date: str) -> None:
     async def answer(request: web.BaseRequest) -> web.Response:

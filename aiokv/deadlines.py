@@ -1,12 +1,13 @@
-"""One timer for many waits of one length: a timer for each would cost more than a look into the near cache.
+"""One timer for many waits of one length: a timer for each would cost as much as a twelfth of a request.
 
-A wait begins where a coroutine suspends for the first time: a store that answers at once needs no deadline.
+A wait may begin where a coroutine suspends for the first time: what answers at once needs no deadline.
 """
 
 import asyncio
 import types
 from asyncio import current_task
 from collections.abc import Callable, Coroutine, Generator
+from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -77,6 +78,16 @@ class SharedDeadline:
         cancelling = self._expired.pop(task, None)
         return cancelling is not None and task.uncancel() <= cancelling
 
+    def expire(self) -> None:
+        """End every wait in the loop's next turn, as if its time were over."""
+        # Not now: the running task may be one of them, and a task that cancels itself is cancelled wherever it waits next.
+        self.loop.call_soon(self._expire)
+
+    def _expire(self) -> None:
+        while self.waiting:
+            waiting = next(iter(self.waiting))
+            self._end_wait(waiting, self.waiting.pop(waiting)[1])
+
     def watch_for(self, waiting: "asyncio.Task[Any] | Alarm", cancelling: int) -> None:
         """Let a wait begin."""
         moment = self.loop.time() + self.seconds
@@ -96,12 +107,35 @@ class SharedDeadline:
                 self.loop.call_at(moment, self._watch)
                 break
             del self.waiting[waiting]
-            if isinstance(waiting, Alarm):
-                waiting.has_rung = True
-                waiting.ring()
-            else:
-                self._expired[waiting] = cancelling
-                waiting.cancel()
+            self._end_wait(waiting, cancelling)
+
+    def _end_wait(self, waiting: "asyncio.Task[Any] | Alarm", cancelling: int) -> None:
+        if isinstance(waiting, Alarm):
+            waiting.has_rung = True
+            waiting.ring()
+        else:
+            self._expired[waiting] = cancelling
+            waiting.cancel()
+
+
+class Bound:
+    """A bound on what the running task waits for, as a context that raises `TimeoutError` where it is late.
+
+    Args:
+        deadline: The shared deadline.
+    """
+
+    __slots__ = ("_deadline", "_task")
+
+    def __init__(self, deadline: SharedDeadline) -> None:
+        self._deadline = deadline
+
+    def __enter__(self) -> None:
+        self._task = self._deadline.begin()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._deadline.end(self._task) and kind is not None and issubclass(kind, asyncio.CancelledError):
+            raise TimeoutError from error
 
 
 @types.coroutine

@@ -1,0 +1,213 @@
+"""What one account may use: requests a second, bytes and entries."""
+
+import math
+from collections.abc import Callable
+
+from aiokv import clock as process_clock
+from aiokv.backends.base import Backend, HostedBackend, ImmediateBackend, Usage, WouldWaitError
+from aiokv.errors import CallError, CorruptValueError
+from aiokv.record import Record
+
+_NOTHING = Usage(0, 0)
+# A caller that waited exactly as long as it was told finds a whole token, whatever the rounding.
+_ROUNDING = 1e-9
+
+
+class AccountLimits(Record):
+    """The limits of one account; None is no limit.
+
+    Args:
+        requests_per_second: Requests a second, above 0; fractions count.
+        max_stored_bytes: Bytes of UTF-8 values, those of expired entries too until they are swept.
+        max_stored_entries: Entries, expired ones too until they are swept.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    requests_per_second: float | None = None
+    max_stored_bytes: int | None = None
+    max_stored_entries: int | None = None
+
+    def __post_init__(self) -> None:
+        rate = self.requests_per_second
+        if rate is not None and not (rate > 0 and math.isfinite(rate)):
+            raise ValueError(f"requests_per_second must be a number above 0, or None for no limit, not {rate!r}")
+        for name in ("max_stored_bytes", "max_stored_entries"):
+            number = getattr(self, name)
+            if number is not None and number < 0:
+                raise ValueError(f"{name} must be 0 or more, or None for no limit, not {number!r}")
+
+
+class Quotas:
+    """The limits of all accounts, applied by one process; every worker process grants its own requests a second.
+
+    Requests draw on a token bucket: it gains `requests_per_second` tokens a second and holds one second's worth, at least one.
+    A request that is refused takes nothing. A new limit holds from the next request on.
+
+    Args:
+        limits_of: Returns the present limits of an account; called for each request.
+        clock: Returns monotonic seconds; None takes `aiokv.clock.monotonic`, looked up at each use.
+        backend: The store of the values; one that cannot count what an account stores has no quotas of bytes and entries.
+        of_all: Whether there is one account, whose quota is for all namespaces, those with a `:` too.
+    """
+
+    def __init__(
+        self,
+        limits_of: Callable[[str], AccountLimits],
+        clock: Callable[[], float] | None = None,
+        *,
+        backend: Backend | None = None,
+        of_all: bool = False,
+    ) -> None:
+        self._limits_of = limits_of
+        self._hosted: HostedBackend | None = backend if isinstance(backend, HostedBackend) else None
+        self._get_now: Callable[[str, str], str | None] | None = (
+            backend.get_now if isinstance(backend, ImmediateBackend) else None
+        )
+        self._of_all = of_all
+        self._clock = clock
+        # The tokens of each account, and the time at which they were counted.
+        self._buckets: dict[str, tuple[float, float]] = {}
+        self._under_way: dict[str, Usage] = {}
+
+    def admit(self, account: str) -> float:
+        """Take one request from an account's bucket.
+
+        Args:
+            account: The account.
+
+        Returns:
+            0.0 where the request may go on, else the seconds after which the bucket holds a token again.
+        """
+        rate = self._limits_of(account).requests_per_second
+        if rate is None:
+            return 0.0
+        now = process_clock.monotonic() if self._clock is None else self._clock()
+        burst = max(1.0, rate)
+        tokens, counted_at = self._buckets.get(account, (burst, now))
+        if now > counted_at:
+            tokens += (now - counted_at) * rate
+        tokens = min(tokens, burst)
+        if tokens < 1.0 - _ROUNDING:
+            return (1.0 - tokens) / rate
+        self._buckets[account] = (tokens - 1.0, now)
+        return 0.0
+
+    def under_way(self, account: str) -> Usage:
+        """Return what the sets of an account that are under way will store."""
+        return self._under_way.get(account, _NOTHING)
+
+    def check_set(self, account: str, db_name: str, key: str, value_bytes: int) -> str | None:
+        """Check a set against what its account stores, and against its other sets that are under way.
+
+        Args:
+            account: The account.
+            db_name: The namespace, the account included.
+            key: The key.
+            value_bytes: Bytes of the value.
+
+        Returns:
+            As `refuse_set`.
+        """
+        if self._hosted is None or not self._has_quota(account):
+            return None
+        usage, under_way = self._usage(self._hosted, account), self.under_way(account)
+        reason = self.refuse_set(account, usage, under_way.value_bytes, value_bytes, under_way.entries)
+        if reason is None or self._get_now is None:
+            return reason
+        try:
+            old = self._get_now(db_name, key)
+        except CorruptValueError:
+            # How large it was is not known; it must be possible to set it anew.
+            replaced = Usage(value_bytes, 1)
+            return self.refuse_set(account, usage, under_way.value_bytes, value_bytes, under_way.entries, replaced)
+        except (WouldWaitError, CallError):
+            return reason
+        replaced = _NOTHING if old is None else Usage(len(old.encode()), 1)
+        return self.refuse_set(account, usage, under_way.value_bytes, value_bytes, under_way.entries, replaced)
+
+    def begin_set(self, account: str, value_bytes: int) -> int | None:
+        """Count a set as under way, until `end_set`.
+
+        Args:
+            account: The account.
+            value_bytes: Bytes of the set's value.
+
+        Returns:
+            The bytes for `end_set`, or None where the account has no quota and nothing is counted.
+        """
+        if not self._has_quota(account):
+            return None
+        others = self.under_way(account)
+        self._under_way[account] = Usage(others.value_bytes + value_bytes, others.entries + 1)
+        return value_bytes
+
+    def end_set(self, account: str, value_bytes: int) -> None:
+        """Count a set as under way no more.
+
+        Args:
+            account: The account.
+            value_bytes: What `begin_set` got.
+        """
+        all_ = self._under_way[account]
+        if all_.entries > 1:
+            self._under_way[account] = Usage(all_.value_bytes - value_bytes, all_.entries - 1)
+        else:
+            del self._under_way[account]
+
+    def refuse_set(  # noqa: PLR0913, PLR0917 (each is one number of the sum)
+        self,
+        account: str,
+        usage: Usage,
+        reserved_bytes: int,
+        value_bytes: int,
+        reserved_entries: int = 0,
+        replaced: Usage = _NOTHING,
+    ) -> str | None:
+        """Check whether a set would take an account past what it may store.
+
+        A set counts in full: what it replaces is not known without a read. After a refusal the caller may read the old entry
+        and ask again with `replaced`. Then a value that is no larger than the old one is always accepted, so that an account at
+        its quota, or past a quota that was lowered, can still replace its entries by smaller ones. Deletes are never refused.
+
+        Args:
+            account: The account.
+            usage: What the account stores.
+            reserved_bytes: Bytes of the account's other sets that are under way.
+            value_bytes: Bytes of this set's value.
+            reserved_entries: The number of the account's other sets that are under way.
+            replaced: The size of the entry that this set replaces, where it is known: its bytes, and 1.
+
+        Returns:
+            None where the set may go on, else the quota that it would exceed, for the answer with status 507.
+        """
+        limits = self._limits_of(account)
+        owner = f" of account {account}" if account else ""
+        max_bytes = limits.max_stored_bytes
+        if max_bytes is not None and value_bytes > replaced.value_bytes:
+            used = usage.value_bytes + reserved_bytes
+            if used - replaced.value_bytes + value_bytes > max_bytes:
+                return (
+                    f"the quota max-bytes{owner} is {max_bytes:,} bytes: {used:,} are stored or on their way, and this value "
+                    f"has {value_bytes:,}; delete entries, wait until some expire, or have the quota raised"
+                )
+        max_entries = limits.max_stored_entries
+        if max_entries is not None and not replaced.entries:
+            used = usage.entries + reserved_entries
+            if used >= max_entries:
+                return (
+                    f"the quota max-entries{owner} is {max_entries:,}, and {used:,} are stored or on their way; "
+                    "delete entries, wait until some expire, or have the quota raised"
+                )
+        return None
+
+    def _usage(self, hosted: HostedBackend, account: str) -> Usage:
+        if not self._of_all:
+            return hosted.usage(account)
+        gauges = hosted.gauges()
+        return Usage(gauges.value_bytes, gauges.entries)
+
+    def _has_quota(self, account: str) -> bool:
+        limits = self._limits_of(account)
+        return limits.max_stored_bytes is not None or limits.max_stored_entries is not None
