@@ -9,15 +9,13 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from aiokv.server.access_log import request_id
 from aiokv.server.answers import INTERIM, Answer, refusal
 from aiokv.server.budget import SMALL_BYTES
+from aiokv.server.owner import Owner
 from aiokv.server.requests import MalformedRequestError, Request, RequestParser
-
-if TYPE_CHECKING:
-    from aiokv.server.listener import Listener
 
 _SLICE_BYTES = 4 * 1024
 """Parsed at once: so few requests can be in it that those that wait for their turn need little room."""
@@ -38,7 +36,7 @@ class Connection(asyncio.BufferedProtocol):
         address: The client's address.
     """
 
-    def __init__(self, listener: "Listener", address: str) -> None:
+    def __init__(self, listener: Owner, address: str) -> None:
         self._listener = listener
         self.address = address
         self.is_tls = False

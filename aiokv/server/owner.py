@@ -1,0 +1,43 @@
+"""`Owner`: what a connection belongs to."""
+
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from aiokv.server.operation import Operation
+from aiokv.server.options import ServerOptions
+from aiokv.server.requests import KnownHeaders
+from aiokv.server.service import Service
+
+
+class Owner(Protocol):
+    """What all connections of one process share; the listener is one.
+
+    Attributes:
+        service: Answers the requests.
+        operation: Counts and logs what happens.
+        options: The bounds.
+        buffer: What every connection reads into.
+        known_headers: The headers of requests that have been parsed before.
+        date: The line of the Date header.
+        is_draining: Whether every answer closes its connection.
+    """
+
+    service: Service
+    operation: Operation
+    options: ServerOptions
+    buffer: memoryview
+    known_headers: KnownHeaders
+    date: bytes
+    is_draining: bool
+
+    def run(self, serving: Coroutine[None, None, None]) -> None:
+        """Serve in a task what has to be waited for."""
+        ...
+
+    def opened(self, connection: Any) -> None:
+        """Take note of a connection."""
+        ...
+
+    def lost(self, connection: Any) -> None:
+        """Take note of a connection's end."""
+        ...
