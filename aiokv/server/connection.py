@@ -94,7 +94,8 @@ class Connection(asyncio.BufferedProtocol):
         """Take what arrived; called by the loop."""
         if self._is_closing:
             self._linger(nbytes)
-        elif self._answering or self._is_full or self._waiting:
+            return
+        if self._answering or self._is_full or self._waiting:
             self._wait_with(self._listener.buffer[:nbytes])
             return
         if self._parser.is_fresh:

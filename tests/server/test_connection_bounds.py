@@ -221,6 +221,18 @@ async def test_body_that_stood_still_after_much_had_come_is_given_up_after_the_g
             assert (await client.answer()).status == 408
 
 
+@pytest.mark.slow
+async def test_client_that_drips_on_behind_its_refusal_is_cut_off() -> None:
+    async with serving(MemoryBackend()) as address, connected(address) as client:
+        answer = await client.ask(head("GET", "/nope", "Expect: 100-continue"))
+        assert (answer.status, answer.headers["connection"]) == (404, "close")
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await client.send(b"\r\n")
+                    await asyncio.sleep(0.05)
+
+
 async def test_head_has_its_whole_time_after_the_connection_stood_idle() -> None:
     bounds = {"head_timeout_seconds": 0.6, "idle_timeout_seconds": 5.0, "grace_seconds": 5.0}
     async with serving(MemoryBackend(), **bounds) as address, connected(address) as client:
