@@ -294,12 +294,18 @@ async def many(a, /, b=f"{1!r:>{2}}{{", *c, d: int = 2, **e) -> str:
 '''
 
 
+def _running(name: str) -> str:
+    """Return the path of an interpreter that runs; one on the PATH may be a stand-in that leads nowhere."""
+    path = shutil.which(name) or ""
+    return path if path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0 else ""
+
+
 def interpreters() -> list[str]:
     """Find the interpreters of this machine that aiokv supports."""
     found = {sys.version_info[:2]: sys.executable}
     roots = pathlib.Path(os.environ.get("PYENV_ROOT", pathlib.Path.home() / ".pyenv")) / "versions"
     for minor in (11, 12, 13):
-        paths = [*map(str, roots.glob(f"3.{minor}.*/bin/python"))] or [shutil.which(f"python3.{minor}") or ""]
+        paths = [*map(str, roots.glob(f"3.{minor}.*/bin/python"))] or [_running(f"python3.{minor}")]
         if paths[0]:
             found.setdefault((3, minor), paths[0])
     return list(found.values())
