@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING
 
 from aiokv.backends.base import Backend
+from aiokv.backends.capabilities import KeyInfo
 from aiokv.backends.http.hedge import HedgePolicy
 from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import RetryPolicy
+from aiokv.backends.watching import Changed, Lost
 from aiokv.default_store import default_store, set_default_store
 from aiokv.errors import (
     AioKVError,
@@ -27,6 +29,7 @@ from aiokv.errors import (
     ThrottledError,
     TransportError,
     UnavailableError,
+    UnsupportedError,
     ValueTooLargeError,
 )
 from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_TTL_SECONDS, MAX_VALUE_BYTES, MIN_TTL_SECONDS
@@ -64,6 +67,7 @@ __all__ = [
     "CallRetried",
     "CallStarted",
     "CallTimeoutError",
+    "Changed",
     "Codec",
     "ConfigurationError",
     "ConnectError",
@@ -75,6 +79,8 @@ __all__ = [
     "Event",
     "HedgePolicy",
     "HttpOptions",
+    "KeyInfo",
+    "Lost",
     "NearCache",
     "Observer",
     "Peeked",
@@ -90,6 +96,7 @@ __all__ = [
     "TokenRenewed",
     "TransportError",
     "UnavailableError",
+    "UnsupportedError",
     "ValueTooLargeError",
     "Zstd",
     "cache_bypass",

@@ -17,6 +17,7 @@ AioKVError
     ├── RejectedError                    any other refusal: 4xx, or a redirect
     ├── UnavailableError                 5xx: the service failed
     ├── ResponseError                    the answer is not of this protocol
+    ├── UnsupportedError                 the store cannot list, claim or watch; nothing was changed
     ├── StorageError                     an embedded store cannot read or write its file
     │   ├── StorageFullError             its disk is full; nothing was stored
     │   └── CorruptValueError            the value it holds is damaged; set or delete the key
@@ -169,6 +170,10 @@ class UnavailableError(CallError):
 
 class ResponseError(CallError):
     """The answer is not of this protocol, such as a 200 that is not JSON."""
+
+
+class UnsupportedError(CallError):
+    """The store has no such ability, as to list its keys; the message names stores that have it."""
 
 
 class StorageError(CallError):

@@ -1,0 +1,298 @@
+"""What a backend may be able to do beyond `get`, `set`, `delete`: many keys at once, listing, claims, news of changes.
+
+Each is a protocol of its own beside `Backend`. `capabilities_of` finds once which of them a backend has; what it lacks, the
+store does with the four methods of `Backend`, or refuses with `UnsupportedError`.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+
+from aiokv.backends.watching import Watch
+from aiokv.errors import CallError
+
+MAX_BATCH_KEYS: Final = 1_000
+"""Most keys of one batch, and most keys of one page of a scan."""
+
+MAX_BATCH_BYTES: Final = 8 * 1024 * 1024
+"""Most bytes of UTF-8 of one batch, keys and values together; for `get_many` of its answer."""
+
+MIN_CLAIM_SECONDS: Final = 1.0
+MAX_CLAIM_SECONDS: Final = 3_600.0
+
+
+class Omitted(Enum):
+    """The type of `OMITTED`."""
+
+    OMITTED = "omitted"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+OMITTED: Final = Omitted.OMITTED
+"""Outcome of a key that `get_many` has not read because the answer was full; ask for it again."""
+
+
+class Entry(NamedTuple):
+    """One entry of a `set_many`."""
+
+    key: str
+    value: str
+    ttl_seconds: int
+
+
+@runtime_checkable
+class BatchBackend(Protocol):
+    """A backend that takes many keys in one step.
+
+    A batch has at most `MAX_BATCH_KEYS` keys and, but for a batch of one, at most `MAX_BATCH_BYTES`; the caller sees to that.
+    A key may come twice: entries apply in their order, so that the last one wins. An outcome stands for each key, in the
+    order of the keys; a `CallError` among the outcomes is that key's alone. Where the call itself raises, that holds for
+    every key: `maybe_applied` then says whether some of them may be in the store.
+    A batch and a single write of one key that do not overlap take effect in their order. Whether others can see a part of a
+    batch is told by `batches_are_atomic`.
+    """
+
+    @property
+    def batches_are_atomic(self) -> bool:
+        """Whether a batch is one transaction: others see all of it or nothing, and after a crash all or nothing is there."""
+        ...
+
+    async def get_many(self, db_name: str, keys: Sequence[str]) -> Sequence[str | Omitted | CallError | None]:
+        """Read values.
+
+        Args:
+            db_name: The namespace.
+            keys: The keys.
+
+        Returns:
+            For each key its value; None where it is absent or has expired; `OMITTED` where the values before it fill the
+            answer. The first value is never omitted.
+
+        Raises:
+            CallError: No key could be read.
+        """
+        ...
+
+    async def set_many(self, db_name: str, entries: Sequence[Entry]) -> Sequence[CallError | None]:
+        """Store values, each with a time to live of its own that begins now.
+
+        Args:
+            db_name: The namespace.
+            entries: The entries.
+
+        Returns:
+            For each entry None where it is stored, else its error.
+
+        Raises:
+            CallError: No entry is known to be stored; `maybe_applied` is true where some may be.
+        """
+        ...
+
+    async def delete_many(self, db_name: str, keys: Sequence[str]) -> Sequence[CallError | None]:
+        """Delete entries; succeed where there are none.
+
+        Args:
+            db_name: The namespace.
+            keys: The keys.
+
+        Returns:
+            For each key None where it is gone, else its error.
+
+        Raises:
+            CallError: No key is known to be gone; `maybe_applied` is true where some may be.
+        """
+        ...
+
+
+class KeyInfo(NamedTuple):
+    """What a listing tells of an entry."""
+
+    key: str
+    expires_at: float
+    """Seconds since the epoch by the store's clock."""
+    value_bytes: int
+    """Size of the value in bytes of UTF-8."""
+
+
+class Page(NamedTuple):
+    """A part of a listing; it may be empty before the end, too."""
+
+    infos: Sequence[KeyInfo]
+    cursor: str | None
+    """Where the next page begins; None at the end."""
+
+
+@runtime_checkable
+class ScanBackend(Protocol):
+    """A backend that lists the keys of a namespace.
+
+    A listing survives writes: an entry that is there from the first page to the last comes exactly once, with the expiry
+    and size of some moment in between. One that is set, deleted or expires meanwhile comes at most once if it is never deleted
+    and set again, else any number of times. Entries that have expired are not listed.
+    """
+
+    @property
+    def scans_in_order(self) -> bool:
+        """Whether keys come in the order of their code points."""
+        ...
+
+    async def scan(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Page:
+        """List keys; one page takes a bounded time.
+
+        Args:
+            db_name: The namespace.
+            prefix: What the keys begin with; "" for all.
+            cursor: That of the page before, with the same namespace and prefix; None for the first page. It stays good for
+                as long as the store is there, in every process.
+            limit: Most keys of the page, from 1 to `MAX_BATCH_KEYS`.
+
+        Returns:
+            The page.
+
+        Raises:
+            ValueError: The cursor is not one of this backend's.
+            CallError: The keys could not be read.
+        """
+        ...
+
+    async def count(self, db_name: str, prefix: str = "") -> int:
+        """Count the entries that a listing would show.
+
+        Args:
+            db_name: The namespace.
+            prefix: What the keys begin with; "" for all.
+
+        Returns:
+            Their number at some moment of the call; under writes, close to it.
+
+        Raises:
+            CallError: They could not be counted.
+        """
+        ...
+
+    async def clear(self, db_name: str, prefix: str = "", limit: int = MAX_BATCH_KEYS) -> int:
+        """Delete some entries; one call takes a bounded time.
+
+        Args:
+            db_name: The namespace.
+            prefix: What the keys begin with; "" for all.
+            limit: Most entries to delete, from 1 to `MAX_BATCH_KEYS`.
+
+        Returns:
+            How many were deleted, expired ones included. Fewer than `limit`: at one moment of the call none was left.
+
+        Raises:
+            CallError: `maybe_applied` is true where some may be gone.
+        """
+        ...
+
+
+class ClaimOutcome(NamedTuple):
+    """Who holds a claim after a call for it."""
+
+    is_held: bool
+    """Whether the caller's owner holds it."""
+    seconds_left: float
+    """How long the holder, whoever that is, keeps it unless it is renewed or released; above 0."""
+
+
+@runtime_checkable
+class ClaimBackend(Protocol):
+    """A backend whose claims exclude one another: at any moment at most one owner holds the claim of a key.
+
+    Claims are apart from values: a claim of a key neither shows in `get` and listings nor hinders `set`. A claim ends by
+    itself, so that a holder that dies blocks nobody for longer than it asked for. The store's clock counts, so a holder should
+    count from before it asked.
+    """
+
+    async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        """Take a claim that nobody holds, or renew one's own: in both cases it then lasts `seconds` from now.
+
+        Args:
+            db_name: The namespace.
+            key: What is claimed, of the form of a key.
+            owner: Who claims, different from everybody else, such as 128 random bits in hexadecimal: 1 to 128 ASCII letters,
+                digits, `-` and `_`. It is a secret like a key: who knows it can release the claim.
+            seconds: From `MIN_CLAIM_SECONDS` to `MAX_CLAIM_SECONDS`.
+
+        Returns:
+            Whether the owner holds it, and for how long its holder does.
+
+        Raises:
+            CallError: `maybe_applied` is true where the claim may be held all the same; asking again by the same owner is safe.
+        """
+        ...
+
+    async def release(self, db_name: str, key: str, owner: str) -> bool:
+        """Give a claim back.
+
+        Args:
+            db_name: The namespace.
+            key: What is claimed.
+            owner: Who claimed it.
+
+        Returns:
+            Whether the owner held it until now.
+
+        Raises:
+            CallError: `maybe_applied` is true where it may be free all the same.
+        """
+        ...
+
+
+@runtime_checkable
+class WatchBackend(Protocol):
+    """A backend that tells of changes."""
+
+    def watch(self, db_name: str) -> Watch:
+        """Watch a namespace.
+
+        What comes is told by `aiokv.backends.watching`: first `Lost`, once changes are being told of; then each change of a
+        key in the order in which it was committed; `Lost` again wherever changes may be missing. Expiry is no change. What this
+        process changed itself is told like any other change. The watch ends by `aclose`, of the watch or of the backend.
+
+        Args:
+            db_name: The namespace.
+
+        Returns:
+            The watch; it begins at once or with the first `anext`.
+        """
+        ...
+
+
+class Capabilities(NamedTuple):
+    """What a backend can do beyond `Backend`; None where it cannot."""
+
+    batch: BatchBackend | None = None
+    scan: ScanBackend | None = None
+    claim: ClaimBackend | None = None
+    watch: WatchBackend | None = None
+
+
+_METHODS: dict[str, tuple[str, ...]] = {
+    "batch": ("get_many", "set_many", "delete_many", "batches_are_atomic"),
+    "scan": ("scan", "count", "clear", "scans_in_order"),
+    "claim": ("claim", "release"),
+    "watch": ("watch",),
+}
+
+
+def capabilities_of(backend: object) -> Capabilities:
+    """Find what a backend can do beyond `Backend`.
+
+    Args:
+        backend: Any backend. One that wraps another names what the other has by an attribute `capabilities`.
+
+    Returns:
+        The backend itself, or what it names, for each capability that is there.
+    """
+    named = getattr(backend, "capabilities", None)
+    if isinstance(named, Capabilities):
+        return named
+    kind = type(backend)
+    found: dict[str, Any] = {
+        name: backend for name, methods in _METHODS.items() if all(hasattr(kind, method) for method in methods)
+    }
+    return Capabilities(**found)
