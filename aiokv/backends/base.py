@@ -1,7 +1,7 @@
 """`Backend`: what every place that holds values can do."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -86,6 +86,27 @@ class ImmediateBackend(Protocol):
         Raises:
             WouldWaitError: Only `get` can answer now; it says what is wrong, if anything is.
             CallError: The value could not be read.
+        """
+        ...
+
+
+@runtime_checkable
+class GatheringBackend(Protocol):
+    """A backend of which many small values cost less in one step than in as many calls of `get_now`."""
+
+    def get_all_now(self, names: Sequence[tuple[str, str]]) -> Sequence[str | Exception | None]:
+        """Read values in this very step.
+
+        Args:
+            names: Namespace and key of each.
+
+        Returns:
+            For each its value; None where the key is absent or has expired; `WouldWaitError` where the value is better read by
+            `get`, as large ones are; `CallError` where it could not be read.
+
+        Raises:
+            WouldWaitError: Only `get` can answer now.
+            CallError: No value could be read.
         """
         ...
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 from zlib import crc32
@@ -87,6 +87,36 @@ class SqliteBackend:
                 raise WouldWaitError from None
             raise self._read_failure(error, db_name, key) from error
         return None if row is None else self._verified(row, db_name, key)
+
+    def get_all_now(self, names: Sequence[tuple[str, str]]) -> Sequence[str | Exception | None]:
+        """Read values; see `GatheringBackend.get_all_now`."""
+        cursor, writer = self._cursor, self._writer
+        if cursor is None or writer is None:
+            raise WouldWaitError
+        now = process_clock.now() if self._clock is None else self._clock()
+        values: list[str | Exception | None] = [None] * len(names)
+        done = 0
+        try:
+            with writer.reader_lock:
+                while done < len(names):
+                    count = next(count for count in sqlite_schema.GET_ALL if count <= len(names) - done)
+                    wanted = [name for pair in names[done : done + count] for name in pair]
+                    for at, checksum, value in cursor.execute(sqlite_schema.GET_ALL[count], (*wanted, now)).fetchall():
+                        values[done + at] = self._gathered(value, checksum, *names[done + at])
+                    done += count
+        except sqlite3.Error as error:
+            if sqlite_file.is_busy(error):
+                raise WouldWaitError from None
+            raise self._read_failure(error, *names[done]) from error
+        return values
+
+    def _gathered(self, value: bytes | None, checksum: int, db_name: str, key: str) -> str | Exception:
+        if value is None:
+            return WouldWaitError()
+        try:
+            return self._verified((value, checksum), db_name, key)
+        except CorruptValueError as error:
+            return error
 
     async def get(self, db_name: str, key: str) -> str | None:
         """Read a value; see `Backend.get`."""

@@ -69,6 +69,19 @@ END
 _ACCOUNT = r"CASE instr(\1.db_name, ':') WHEN 0 THEN '' ELSE substr(\1.db_name, 1, instr(\1.db_name, ':') - 1) END"
 
 GET = "SELECT value, checksum FROM entries_v2 WHERE db_name = ? AND key = ? AND expires_at > ?"
+MAX_GATHERED_BYTES: Final = 64 * 1024
+"""Largest value that is read together with others."""
+_GET_ALL = """
+SELECT wanted.column1, checksum, CASE WHEN size_bytes <= {max_bytes} THEN value END
+FROM (VALUES {rows}) AS wanted
+CROSS JOIN entries_v2 ON db_name = wanted.column2 AND key = wanted.column3
+WHERE expires_at > ?
+"""
+GET_ALL: Final = {
+    count: _GET_ALL.format(max_bytes=MAX_GATHERED_BYTES, rows=", ".join(f"({at}, ?, ?)" for at in range(count)))
+    for count in (32, 8, 2, 1)
+}
+"""Statements that read several values, by how many; the largest first. A row has its position, and NULL for a large value."""
 _SET = """
 INSERT INTO entries_v2 (db_name, key, expires_at, checksum, size_bytes, value) VALUES {rows}
 ON CONFLICT (db_name, key) DO UPDATE SET

@@ -15,6 +15,7 @@ from aiokv.server.access_log import request_id
 from aiokv.server.answers import INTERIM, Answer, refusal
 from aiokv.server.budget import SMALL_BYTES
 from aiokv.server.owner import Owner
+from aiokv.server.plain_gets import LATER
 from aiokv.server.requests import MalformedRequestError, Request, RequestParser
 
 _SLICE_BYTES = 4 * 1024
@@ -95,19 +96,45 @@ class Connection(asyncio.BufferedProtocol):
         if self._is_closing:
             self._linger(nbytes)
             return
+        listener = self._listener
+        data = listener.buffer[:nbytes]
         if self._answering or self._is_full or self._waiting:
-            self._wait_with(self._listener.buffer[:nbytes])
+            self._wait_with(data)
             return
         if self._parser.is_fresh:
             # What came before was idleness, and not a part of the head's time.
             self._seconds = 0.0
+            if nbytes <= _SLICE_BYTES and listener.plain_gets is not None and self._transport is not None:
+                answer = listener.plain_gets.answer(data, listener.date, self)
+                if answer:
+                    self._transport.write(answer)
+                    return
+                if answer is LATER:
+                    self._answering = True
+                    return
         if nbytes <= _SLICE_BYTES:
             try:
-                self._parser.feed(self._listener.buffer[:nbytes])
+                self._parser.feed(data)
             except MalformedRequestError as error:
                 self._refuse_malformed(error)
         else:
-            self._feed_slices(self._listener.buffer[:nbytes])
+            self._feed_slices(data)
+
+    def take_answer(self, answer: bytes) -> None:
+        """Send the answer to a plain get; see `Asker.take_answer`."""
+        self._answering = False
+        if self._transport is not None:
+            self._transport.write(answer)
+            if not self._is_full:
+                self._go_on()
+
+    def take_long_way(self, data: bytes) -> None:
+        """Serve what looked like a plain get; see `Asker.take_long_way`."""
+        self._answering = False
+        if not self._is_closing:
+            self._parser.feed(data)
+            if not (self._answering or self._is_full):
+                self._go_on()
 
     def eof_received(self) -> bool:
         """Answer what is complete to a client that sends nothing more; called by the loop."""

@@ -65,6 +65,8 @@ class Listener:
         self.tls = tls
         self.buffer = memoryview(bytearray(_BUFFER_BYTES))
         self.known_headers: KnownHeaders = {}
+        # A log line for each request needs the whole of it.
+        self.plain_gets = None if operation.access_log else service.plain_gets(self.known_headers, operation.statistics)
         self.connections: set[Connection] = set()
         self.date = b""
         self.is_draining = False
@@ -102,6 +104,7 @@ class Listener:
                     break
         self.close_sockets()
         self.is_draining = True
+        self.plain_gets = None
         deadline = self._loop.time() + self.options.drain_seconds
         # A client whose connection is idle may be about to use it: it has a moment to, and its answer closes the connection.
         idle_seconds = min(_IDLE_DRAIN_SECONDS, self.options.drain_seconds / 4)
@@ -240,6 +243,7 @@ class Listener:
                 unread_bytes -= connection.unread_bytes()
                 self.operation.refused("slow_reader")
                 connection.abort()
+        self.operation.statistics.enter_found()
         if now >= self._publish_at:
             self._publish_at = now + _PUBLISH_SECONDS
             self.operation.publish()

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from aiokv.server.operation import Operation
 from aiokv.server.options import ServerOptions
+from aiokv.server.plain_gets import PlainGets
 from aiokv.server.requests import KnownHeaders
 from aiokv.server.service import Service
 
@@ -18,6 +19,7 @@ class Owner(Protocol):
         options: The bounds.
         buffer: What every connection reads into.
         known_headers: The headers of requests that have been parsed before.
+        plain_gets: The short way of gets; None where all go the long way.
         date: The line of the Date header.
         is_draining: Whether every answer closes its connection.
     """
@@ -27,6 +29,7 @@ class Owner(Protocol):
     options: ServerOptions
     buffer: memoryview
     known_headers: KnownHeaders
+    plain_gets: PlainGets | None
     date: bytes
     is_draining: bool
 

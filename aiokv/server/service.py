@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import orjson
 
 from aiokv import clock
-from aiokv.backends.base import Backend, ImmediateBackend, QueueingBackend, WouldWaitError
+from aiokv.backends.base import Backend, GatheringBackend, ImmediateBackend, QueueingBackend, WouldWaitError
 from aiokv.errors import CallError, ConfigurationError, CorruptValueError, StorageFullError, ValueTooLargeError
 from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_VALUE_BYTES
 from aiokv.server.access import TOKEN_LIFETIME_SECONDS, AccessFile
@@ -19,9 +19,11 @@ from aiokv.server.budget import SMALL_BYTES, Budget
 from aiokv.server.log_limit import LogLimit
 from aiokv.server.options import ServerOptions
 from aiokv.server.origins import check_host, check_origin
+from aiokv.server.plain_gets import PlainGets
 from aiokv.server.quotas import AccountLimits, Quotas
 from aiokv.server.readiness import Readiness
-from aiokv.server.requests import Request
+from aiokv.server.requests import KnownHeaders, Request
+from aiokv.server.statistics import Statistics
 from aiokv.wire import METHODS, TOKEN_PATH, Verb, parse_entry_path, parse_ttl_query, value_body
 
 logger = logging.getLogger("aiokv.server")
@@ -215,6 +217,30 @@ class Service:
             self._count_no_more(request)
             return self._answer_fault(error)
         return None
+
+    def plain_gets(self, known_headers: KnownHeaders, statistics: Statistics) -> PlainGets | None:
+        """Make the short way of gets.
+
+        Args:
+            known_headers: The headers that the parsers remember.
+            statistics: Counts each answer.
+
+        Returns:
+            The short way, or None where a read has to be waited for.
+        """
+        if self._get_now is None:
+            return None
+        return PlainGets(
+            self._get_now,
+            self._backend.get_all_now if isinstance(self._backend, GatheringBackend) else None,
+            self._access,
+            self._quotas if self._has_rates else None,
+            lambda host: self._check_host(host) is None,
+            self._answer_fault,
+            _ABSENT,
+            known_headers,
+            statistics,
+        )
 
     def _check_host(self, host: bytes) -> Answer | None:
         refused = check_host(host, only_loopback=self._access is None)
