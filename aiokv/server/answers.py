@@ -85,6 +85,7 @@ class Answer:
 
 RETRY_SOON = b"Retry-After: 1\r\n"
 DONE = Answer(200, orjson.dumps({"ok": True}))
+ABSENT = Answer(404, error_body("no such key, or it has expired"))
 
 
 def refusal(status: int, message: str, headers: bytes = b"", *, closes: bool = False, reason: str = "") -> Answer:

@@ -15,7 +15,6 @@ from aiokv.server.access_log import request_id
 from aiokv.server.answers import INTERIM, Answer, refusal
 from aiokv.server.budget import SMALL_BYTES
 from aiokv.server.owner import Owner
-from aiokv.server.plain_gets import LATER
 from aiokv.server.requests import MalformedRequestError, Request, RequestParser
 
 _SLICE_BYTES = 4 * 1024
@@ -42,7 +41,7 @@ class Connection(asyncio.BufferedProtocol):
         self.address = address
         self.is_tls = False
         self._transport: asyncio.Transport | None = None
-        self._parser = RequestParser(self, listener.options.max_head_bytes, listener.known_headers)
+        self._parser = RequestParser(self, listener.options.max_head_bytes)
         self._seconds = 0.0
         """How long the present state lasts, as far as `look` has counted."""
         self._body: Request | None = None
@@ -104,37 +103,38 @@ class Connection(asyncio.BufferedProtocol):
         if self._parser.is_fresh:
             # What came before was idleness, and not a part of the head's time.
             self._seconds = 0.0
-            if nbytes <= _SLICE_BYTES and listener.plain_gets is not None and self._transport is not None:
-                answer = listener.plain_gets.answer(data, listener.date, self)
+            if nbytes <= _SLICE_BYTES and listener.short_way is not None and self._transport is not None:
+                answer = listener.short_way.answer(data, listener.date, self)
                 if answer:
                     self._transport.write(answer)
                     return
-                if answer is LATER:
+                if answer is not None:
                     self._answering = True
                     return
         if nbytes <= _SLICE_BYTES:
-            try:
-                self._parser.feed(data)
-            except MalformedRequestError as error:
-                self._refuse_malformed(error)
+            self._feed(data)
         else:
             self._feed_slices(data)
 
-    def take_answer(self, answer: bytes) -> None:
-        """Send the answer to a plain get; see `Asker.take_answer`."""
+    def take_answer(self, answer: bytes) -> bool:
+        """Send an answer; see `Asker.take_answer`."""
         self._answering = False
-        if self._transport is not None:
-            self._transport.write(answer)
-            if not self._is_full:
-                self._go_on()
+        self._seconds = 0.0
+        if self._transport is None:
+            return False
+        self._transport.write(answer)
+        if self._waiting or self._is_half_closed or not self._is_reading:
+            # What came meanwhile; there is no queue, since nothing was under way before.
+            self._take_turn()
+        return True
 
     def take_long_way(self, data: bytes) -> None:
-        """Serve what looked like a plain get; see `Asker.take_long_way`."""
+        """Serve a request; see `Asker.take_long_way`."""
         self._answering = False
         if not self._is_closing:
-            self._parser.feed(data)
-            if not (self._answering or self._is_full):
-                self._go_on()
+            self._feed(data)
+            if not self._answering:
+                self._take_turn()
 
     def eof_received(self) -> bool:
         """Answer what is complete to a client that sends nothing more; called by the loop."""
@@ -259,6 +259,12 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 self._serve(request)
 
+    def _feed(self, data: memoryview | bytes) -> None:
+        try:
+            self._parser.feed(data)
+        except MalformedRequestError as error:
+            self._refuse_malformed(error)
+
     def _feed_slices(self, data: memoryview | bytes) -> None:
         """Feed a long piece; what comes behind a request that has to wait waits, too."""
         start = 0
@@ -277,10 +283,7 @@ class Connection(asyncio.BufferedProtocol):
             body = self._body
             missing = 0 if body is None or body.content_length is None else body.content_length - body.received_bytes
             end = start + max(_SLICE_BYTES, missing)
-            try:
-                self._parser.feed(data[start:end])
-            except MalformedRequestError as error:
-                self._refuse_malformed(error)
+            self._feed(data[start:end])
             start = end
 
     def _has_had_its_turn(self, taken_bytes: int) -> bool:

@@ -20,8 +20,8 @@ from aiokv.server.connection import Connection
 from aiokv.server.log_limit import LogLimit
 from aiokv.server.operation import Operation
 from aiokv.server.options import ServerOptions
-from aiokv.server.requests import KnownHeaders
 from aiokv.server.service import Service
+from aiokv.server.short_way import ShortWay
 from aiokv.server.wrong_keys import network_of
 
 logger = logging.getLogger("aiokv.server")
@@ -50,7 +50,7 @@ class Listener:
 
     Attributes:
         buffer: What every connection reads into.
-        known_headers: What their parsers remember.
+        short_way: Of plain requests; None where all go the long way.
         connections: Those that are open.
         date: The line of the Date header.
         is_draining: Whether every answer closes its connection.
@@ -64,9 +64,8 @@ class Listener:
         self.options = options
         self.tls = tls
         self.buffer = memoryview(bytearray(_BUFFER_BYTES))
-        self.known_headers: KnownHeaders = {}
         # A log line for each request needs the whole of it.
-        self.plain_gets = None if operation.access_log else service.plain_gets(self.known_headers, operation.statistics)
+        self.short_way = None if operation.access_log else ShortWay(service, operation.statistics)
         self.connections: set[Connection] = set()
         self.date = b""
         self.is_draining = False
@@ -104,7 +103,7 @@ class Listener:
                     break
         self.close_sockets()
         self.is_draining = True
-        self.plain_gets = None
+        self.short_way = None
         deadline = self._loop.time() + self.options.drain_seconds
         # A client whose connection is idle may be about to use it: it has a moment to, and its answer closes the connection.
         idle_seconds = min(_IDLE_DRAIN_SECONDS, self.options.drain_seconds / 4)
@@ -243,7 +242,7 @@ class Listener:
                 unread_bytes -= connection.unread_bytes()
                 self.operation.refused("slow_reader")
                 connection.abort()
-        self.operation.statistics.enter_found()
+        self.operation.statistics.enter_tallies()
         if now >= self._publish_at:
             self._publish_at = now + _PUBLISH_SECONDS
             self.operation.publish()

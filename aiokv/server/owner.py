@@ -5,9 +5,8 @@ from typing import Any, Protocol
 
 from aiokv.server.operation import Operation
 from aiokv.server.options import ServerOptions
-from aiokv.server.plain_gets import PlainGets
-from aiokv.server.requests import KnownHeaders
 from aiokv.server.service import Service
+from aiokv.server.short_way import ShortWay
 
 
 class Owner(Protocol):
@@ -18,8 +17,7 @@ class Owner(Protocol):
         operation: Counts and logs what happens.
         options: The bounds.
         buffer: What every connection reads into.
-        known_headers: The headers of requests that have been parsed before.
-        plain_gets: The short way of gets; None where all go the long way.
+        short_way: The short way of plain requests; None where all go the long way.
         date: The line of the Date header.
         is_draining: Whether every answer closes its connection.
     """
@@ -28,8 +26,7 @@ class Owner(Protocol):
     operation: Operation
     options: ServerOptions
     buffer: memoryview
-    known_headers: KnownHeaders
-    plain_gets: PlainGets | None
+    short_way: ShortWay | None
     date: bytes
     is_draining: bool
 

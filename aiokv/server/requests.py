@@ -3,7 +3,6 @@
 Source: RFC 9112 for the messages; https://github.com/MagicStack/httptools for the parser's callbacks.
 """
 
-import re
 from typing import Protocol
 
 import httptools
@@ -35,14 +34,6 @@ _NAMES = {
     for name in (*_KNOWN, *_IGNORED)
     for spelling in (name, b"-".join(map(bytes.capitalize, name.split(b"-"))))
 }
-
-# First lines that are well-formed to every parser, and whose methods do not change what the headers mean.
-_PLAIN_LINE = re.compile(rb"(GET|DELETE) (/[A-Za-z0-9/._~:%-]{0,2000}) HTTP/1\.1\r\n")
-_MAX_KNOWN_HEADERS = 512
-_MAX_KNOWN_BYTES = 1024
-
-KnownHeaders = dict[bytes, dict[bytes, bytes]]
-"""All that followed the first line of requests that have been parsed, each with the headers that decide something."""
 
 
 class MalformedRequestError(Exception):
@@ -128,10 +119,6 @@ class Request:
         if b"expect" in fields:
             self.expects_continue = fields[b"expect"].lower() == b"100-continue" and not is_http_1_0
 
-    def is_plain(self) -> bool:
-        """Return whether it has no body, expects none to be asked for, and its connection goes on."""
-        return self.keep_alive and self.content_length == 0 and b"expect" not in self.fields
-
 
 class Sink(Protocol):
     """What a parser tells of."""
@@ -152,19 +139,14 @@ class Sink(Protocol):
 class RequestParser:
     """Bytes of one connection in, its requests out.
 
-    A client sends the same headers with each request. Those of a get or delete are remembered once they have been parsed;
-    where the same bytes follow another first line, a look-up takes the place of parsing.
-
     Args:
         sink: Is told of each step.
         max_head_bytes: Bytes of a request's first line and headers.
-        known_headers: What is remembered; all connections may share it.
     """
 
-    def __init__(self, sink: Sink, max_head_bytes: int, known_headers: KnownHeaders | None = None) -> None:
+    def __init__(self, sink: Sink, max_head_bytes: int) -> None:
         self._sink = sink
         self._max_head_bytes = max_head_bytes
-        self._known_headers = {} if known_headers is None else known_headers
         self.in_head = True
         """Whether the next byte belongs to a head."""
         self.is_fresh = True
@@ -174,8 +156,6 @@ class RequestParser:
         self._head_bytes = self._header_count = 0
         self._has_body_grown = False
         """Whether a byte of the body came by the present piece."""
-        self._requests: list[Request] | None = None
-        """Those in what is being parsed, where it may be remembered."""
         self._framing: bytes | None = None
         """The header that gives the length of a body behind the offer of another protocol."""
         self._parser = httptools.HttpRequestParser(self)
@@ -189,31 +169,6 @@ class RequestParser:
         Raises:
             MalformedRequestError: They make no request; the parser is of no use any more.
         """
-        line = _PLAIN_LINE.match(data) if self.is_fresh else None
-        if line is None:
-            self._parse(data)
-            return
-        headers = bytes(data[line.end() :])
-        fields = self._known_headers.get(headers)
-        if fields is None:
-            self._parse_and_remember(data, headers)
-            return
-        sink = self._sink
-        sink.head_received(Request(line[1], line[2], fields))
-        sink.request_received()
-
-    def _parse_and_remember(self, data: bytes | memoryview, headers: bytes) -> None:
-        self._requests = []
-        self._parse(data)
-        requests, self._requests = self._requests, None
-        # Only where this was one whole request without a body, and the connection goes on.
-        if len(requests) != 1 or not self.is_fresh or not requests[0].is_plain() or len(headers) > _MAX_KNOWN_BYTES:
-            return
-        if len(self._known_headers) >= _MAX_KNOWN_HEADERS:
-            self._known_headers.clear()
-        self._known_headers[headers] = requests[0].fields
-
-    def _parse(self, data: bytes | memoryview) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
@@ -241,7 +196,7 @@ class RequestParser:
         self._parser = httptools.HttpRequestParser(_BodyAlone(self))
         self._parser.feed_data(b"PUT / HTTP/1.1\r\nConnection: close\r\n%b\r\n\r\n" % framing)
         if len(data):
-            self._parse(data)
+            self.feed(data)
 
     def close(self) -> None:
         """Let go of the sink, so that nothing waits for the garbage collector."""
@@ -297,8 +252,6 @@ class RequestParser:
         keep_alive = parser.should_keep_alive() and not offers_upgrade
         request = Request(method, self._target, fields, keep_alive=keep_alive, is_http_1_0=is_http_1_0)
         self.in_head = False
-        if self._requests is not None:
-            self._requests.append(request)
         self._sink.head_received(request)
 
     def on_body(self, data: bytes) -> None:

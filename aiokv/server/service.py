@@ -14,16 +14,14 @@ from aiokv.backends.base import Backend, GatheringBackend, ImmediateBackend, Que
 from aiokv.errors import CallError, ConfigurationError, CorruptValueError, StorageFullError, ValueTooLargeError
 from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_VALUE_BYTES
 from aiokv.server.access import TOKEN_LIFETIME_SECONDS, AccessFile
-from aiokv.server.answers import DONE, RETRY_SOON, Answer, no_room, refusal, too_large, wrong_method
+from aiokv.server.answers import ABSENT, DONE, RETRY_SOON, Answer, no_room, refusal, too_large, wrong_method
 from aiokv.server.budget import SMALL_BYTES, Budget
 from aiokv.server.log_limit import LogLimit
 from aiokv.server.options import ServerOptions
 from aiokv.server.origins import check_host, check_origin
-from aiokv.server.plain_gets import PlainGets
 from aiokv.server.quotas import AccountLimits, Quotas
 from aiokv.server.readiness import Readiness
-from aiokv.server.requests import KnownHeaders, Request
-from aiokv.server.statistics import Statistics
+from aiokv.server.requests import Request
 from aiokv.wire import METHODS, TOKEN_PATH, Verb, parse_entry_path, parse_ttl_query, value_body
 
 logger = logging.getLogger("aiokv.server")
@@ -37,7 +35,6 @@ _VERBS: dict[bytes, tuple[Verb, bytes]] = {
     b"delete": ("delete", METHODS["delete"].encode()),
 }
 _TOKEN_PATH = TOKEN_PATH.encode()
-_ABSENT = refusal(404, "no such key, or it has expired")
 _UNKNOWN = Answer(0, b"")
 
 Result = Answer | Coroutine[None, None, Answer]
@@ -64,9 +61,10 @@ class Service:
     def __init__(self, backend: Backend, access: AccessFile | None = None, options: ServerOptions | None = None) -> None:
         options = options or ServerOptions()
         self._backend = backend
-        self._get_now = backend.get_now if isinstance(backend, ImmediateBackend) else None
-        self._set_soon = backend.set_soon if isinstance(backend, QueueingBackend) else None
-        self._access = access
+        self.get_now = backend.get_now if isinstance(backend, ImmediateBackend) else None
+        self.get_all_now = backend.get_all_now if isinstance(backend, GatheringBackend) else None
+        self.set_soon = backend.set_soon if isinstance(backend, QueueingBackend) else None
+        self.access = access
         self.budget = Budget(options.max_bytes_in_flight, is_shared=access is not None)
         self.readiness = Readiness(backend, access)
         self.pages: dict[bytes, tuple[Page, bool]] = {
@@ -74,7 +72,7 @@ class Service:
             b"/readyz": (self.readiness.answer, False),
         }
         defaults = AccountLimits(options.requests_per_second, options.max_stored_bytes, options.max_stored_entries)
-        self._quotas = Quotas(
+        self.quotas = Quotas(
             (lambda _: defaults) if access is None else access.limits_of, backend=backend, of_all=access is None
         )
         self._has_rates = access is not None or options.requests_per_second is not None
@@ -102,7 +100,7 @@ class Service:
         refused = self._known_hosts.get(host, _UNKNOWN)
         if refused is _UNKNOWN:
             refused = self._check_host(host)
-        if refused is None and self._access is None and (b"origin" in fields or b"sec-fetch-site" in fields):
+        if refused is None and self.access is None and (b"origin" in fields or b"sec-fetch-site" in fields):
             refused = check_origin(fields)
         if refused is not None:
             return refused
@@ -175,14 +173,14 @@ class Service:
         Returns:
             The answer, or a coroutine that returns it where it has to be waited for. Neither raises.
         """
-        if request.verb == "get" and self._get_now is not None:
+        if request.verb == "get" and self.get_now is not None:
             try:
-                value = self._get_now(request.db_name, request.key)
-                return _ABSENT if value is None else Answer(200, value_body(value))
+                value = self.get_now(request.db_name, request.key)
+                return ABSENT if value is None else Answer(200, value_body(value))
             except WouldWaitError:
                 pass
             except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
-                return self._answer_fault(error)
+                return self.answer_fault(error)
         if request.verb == "other":
             return self._page(request)
         if request.verb == "token":
@@ -202,48 +200,48 @@ class Service:
         value = self._take_value(request)
         if isinstance(value, Answer):
             return value
-        if self._set_soon is None:
+        if self.set_soon is None:
             return self._set(request, value)
 
         def stored(error: Exception | None) -> None:
             self._count_no_more(request)
-            done(request, DONE if error is None else self._answer_fault(error))
+            done(request, DONE if error is None else self.answer_fault(error))
 
         try:
-            self._set_soon(request.db_name, request.key, value, request.ttl_seconds, stored)
+            self.set_soon(request.db_name, request.key, value, request.ttl_seconds, stored)
         except WouldWaitError:
             return self._set(request, value)
         except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
             self._count_no_more(request)
-            return self._answer_fault(error)
+            return self.answer_fault(error)
         return None
 
-    def plain_gets(self, known_headers: KnownHeaders, statistics: Statistics) -> PlainGets | None:
-        """Make the short way of gets.
+    def admits_host(self, host: bytes) -> bool:
+        """Return whether requests for a host are answered."""
+        return self._check_host(host) is None
+
+    def owner_of(self, verb: Verb, db_name: str, authorization: str) -> tuple[str, str]:
+        """Find whose a call is, where there are accounts.
 
         Args:
-            known_headers: The headers that the parsers remember.
-            statistics: Counts each answer.
+            verb: The call.
+            db_name: The namespace, as the client names it.
+            authorization: The Authorization header.
 
         Returns:
-            The short way, or None where a read has to be waited for.
+            The account, and the namespace with the account included; "" for both where the call is not allowed.
         """
-        if self._get_now is None:
-            return None
-        return PlainGets(
-            self._get_now,
-            self._backend.get_all_now if isinstance(self._backend, GatheringBackend) else None,
-            self._access,
-            self._quotas if self._has_rates else None,
-            lambda host: self._check_host(host) is None,
-            self._answer_fault,
-            _ABSENT,
-            known_headers,
-            statistics,
-        )
+        permit = None if self.access is None else self.access.permit_of_token(authorization)
+        if permit is None or permit.allows(verb, db_name) is not None:
+            return "", ""
+        return permit.account, f"{permit.account}:{db_name}"
+
+    def wait_seconds(self, account: str) -> float:
+        """Take one request from an account's rate; return 0.0, or after how many seconds there is one to take."""
+        return self.quotas.admit(account) if self._has_rates else 0.0
 
     def _check_host(self, host: bytes) -> Answer | None:
-        refused = check_host(host, only_loopback=self._access is None)
+        refused = check_host(host, only_loopback=self.access is None)
         if len(self._known_hosts) >= _MAX_KNOWN_HOSTS:
             self._known_hosts.clear()
         self._known_hosts[host] = refused
@@ -251,9 +249,9 @@ class Service:
 
     def _admit_entry(self, request: Request, entry: bytes, query: bytes) -> Answer | None:
         permit = None
-        if self._access is not None:
+        if self.access is not None:
             authorization = request.fields.get(b"authorization", b"").decode("latin-1")
-            permit = self._access.permit_of_token(authorization)
+            permit = self.access.permit_of_token(authorization)
             if permit is None:
                 return refusal(
                     401,
@@ -262,7 +260,7 @@ class Service:
                     reason="unauthorized",
                 )
             request.account = permit.account
-        if self._has_rates and (wait_seconds := self._quotas.admit(request.account)):
+        if self._has_rates and (wait_seconds := self.quotas.admit(request.account)):
             return refusal(
                 429,
                 "the account's requests come faster than its limit",
@@ -318,27 +316,27 @@ class Service:
     def _check_quota(self, request: Request, size_bytes: int) -> Answer | None:
         if request.verb != "set":
             return None
-        reason = self._quotas.check_set(request.account, request.db_name, request.key, size_bytes)
+        reason = self.quotas.check_set(request.account, request.db_name, request.key, size_bytes)
         return None if reason is None else refusal(507, reason, reason="quota")
 
     async def _perform(self, request: Request) -> Answer:
         try:
             if request.verb == "get":
                 found = await self._backend.get(request.db_name, request.key)
-                return _ABSENT if found is None else Answer(200, value_body(found))
+                return ABSENT if found is None else Answer(200, value_body(found))
             if request.verb == "delete":
                 await self._backend.delete(request.db_name, request.key)
                 return DONE
             value = self._take_value(request)
             return value if isinstance(value, Answer) else await self._set(request, value)
         except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
-            return self._answer_fault(error)
+            return self.answer_fault(error)
 
     async def _set(self, request: Request, value: str) -> Answer:
         try:
             await self._backend.set(request.db_name, request.key, value, request.ttl_seconds)
         except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
-            return self._answer_fault(error)
+            return self.answer_fault(error)
         finally:
             self._count_no_more(request)
         return DONE
@@ -355,16 +353,24 @@ class Service:
             # The answer is made outside, so that nothing is chained to this error, which holds the value.
             wrong_at = error.start
         else:
-            request.counted_bytes = self._quotas.begin_set(request.account, len(body))
+            request.counted_bytes = self.quotas.begin_set(request.account, len(body))
             return value
         return refusal(400, f"the value is not UTF-8, from byte {wrong_at} on; encode binary data as text, such as base64")
 
     def _count_no_more(self, request: Request) -> None:
         if request.counted_bytes is not None:
-            self._quotas.end_set(request.account, request.counted_bytes)
+            self.quotas.end_set(request.account, request.counted_bytes)
             request.counted_bytes = None
 
-    def _answer_fault(self, error: Exception) -> Answer:
+    def answer_fault(self, error: Exception) -> Answer:
+        """Make the answer to what a backend raised, and log it.
+
+        Args:
+            error: The exception.
+
+        Returns:
+            The answer.
+        """
         if isinstance(error, ValueTooLargeError):
             return refusal(413, error.reason)
         if not isinstance(error, CallError | ConfigurationError):
@@ -382,10 +388,10 @@ class Service:
 
     def _page(self, request: Request) -> Result:
         page, is_for_operators = self.pages[request.target.partition(b"?")[0]]
-        if not is_for_operators or self._access is None:
+        if not is_for_operators or self.access is None:
             return self._show(page)
         address = request.key
-        if self._access.is_operator(request.fields.get(b"authorization", b"").decode("latin-1"), address):
+        if self.access.is_operator(request.fields.get(b"authorization", b"").decode("latin-1"), address):
             return self._show(page)
         refused = refusal(
             401,
@@ -393,29 +399,29 @@ class Service:
             b'WWW-Authenticate: Basic realm="aiokv"\r\n',
             reason="unauthorized",
         )
-        wait_seconds = self._access.delay_of(address)
+        wait_seconds = self.access.delay_of(address)
         return _answer_later(refused, wait_seconds) if wait_seconds else refused
 
     def _show(self, page: Page) -> Result:
         try:
             result = page()
         except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
-            return self._answer_fault(error)
+            return self.answer_fault(error)
         return result if isinstance(result, Answer) else self._finish(result)
 
     async def _finish(self, showing: Coroutine[None, None, Answer]) -> Answer:
         try:
             return await showing
         except Exception as error:  # noqa: BLE001 (likewise)
-            return self._answer_fault(error)
+            return self.answer_fault(error)
 
     def _token(self, request: Request) -> Result:
-        if self._access is None:
+        if self.access is None:
             # The service accepts any token. Some clients need one before they send a request.
             expires_at = datetime.fromtimestamp(int(clock.now()) + TOKEN_LIFETIME_SECONDS, UTC)
             return _token_answer(request, secrets.token_urlsafe(32), expires_at)
-        issued = self._access.issue_token(request.fields.get(b"authorization", b"").decode("latin-1"), request.key)
-        wait_seconds = self._access.delay_of(request.key)
+        issued = self.access.issue_token(request.fields.get(b"authorization", b"").decode("latin-1"), request.key)
+        wait_seconds = self.access.delay_of(request.key)
         if issued is not None:
             # First: the body was taken in nobody's name.
             self.release(request)

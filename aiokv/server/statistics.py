@@ -63,7 +63,7 @@ _BYTES_OUT = _BYTES_IN + 1
 _SLOTS_PER_VERB = _BYTES_OUT + 1
 _CACHE_LINE = 8
 _SLOTS = -(-(_VERBS_START + len(VERBS) * _SLOTS_PER_VERB) // _CACHE_LINE) * _CACHE_LINE
-_MOST_FOUND = 4096
+_MOST_TALLIED = 4096
 _CLEARED_AT_START = (_DRAINING, _OPEN)
 
 ROW_BYTES: Final = 8 * _SLOTS
@@ -147,6 +147,45 @@ class Reading:
         return self._slots[base + start : base + end]
 
 
+class Tally:
+    """Requests that succeeded, counted apart from the row, which is cheaper.
+
+    Args:
+        slots: The row's slots of their verb.
+    """
+
+    def __init__(self, slots: "memoryview[float]") -> None:
+        self._slots = slots
+        self._seconds: list[float] = []
+        self._bytes_in = self._bytes_out = 0
+
+    def add(self, seconds: float, bytes_in: int, bytes_out: int) -> None:
+        """Count one; the arguments are those of `Statistics.record`."""
+        self._seconds.append(seconds)
+        self._bytes_in += bytes_in
+        self._bytes_out += bytes_out
+        if len(self._seconds) == _MOST_TALLIED:
+            self.enter()
+
+    def enter(self) -> None:
+        """Enter them into the row."""
+        durations, self._seconds = self._seconds, []
+        slots = self._slots
+        slots[_STATUS_OFFSETS[200]] += len(durations)
+        slots[_SECONDS] += sum(durations)
+        slots[_BYTES_IN] += self._bytes_in
+        slots[_BYTES_OUT] += self._bytes_out
+        self._bytes_in = self._bytes_out = 0
+        # Sorted, those of one bucket need one search.
+        durations.sort()
+        start = 0
+        while start < len(durations):
+            bucket = bisect_left(BOUNDS, durations[start])
+            end = bisect_right(durations, BOUNDS[bucket], start) if bucket < len(BOUNDS) else len(durations)
+            slots[_BUCKETS + bucket] += end - start
+            start = end
+
+
 class Statistics:
     """The counters of one worker, and the view of those of all.
 
@@ -172,9 +211,10 @@ class Statistics:
             own[slot] = 0.0
         own[_PID], own[_STARTED] = os.getpid(), clock.now()
         own[_STARTS] += 1
-        # Gets that found a value and do not stand in the row yet.
-        self._found: list[float] = []
-        self._found_bytes = 0
+        self.found = Tally(self._verbs[GET])
+        """Gets that found a value."""
+        self.stored = Tally(self._verbs[SET])
+        """Sets that were stored."""
         self._of_earlier_workers = own[_BACKEND_START:_REASONS_START].tolist()
 
     def record(self, verb: int, status: int, seconds: float, bytes_in: int, bytes_out: int) -> None:
@@ -195,18 +235,6 @@ class Statistics:
             slots[_BYTES_IN] += bytes_in
         if bytes_out:
             slots[_BYTES_OUT] += bytes_out
-
-    def found(self, seconds: float, bytes_out: int) -> None:
-        """Count a get that found a value: as `record` does, and cheaper.
-
-        Args:
-            seconds: As for `record`.
-            bytes_out: As for `record`.
-        """
-        self._found.append(seconds)
-        self._found_bytes += bytes_out
-        if len(self._found) == _MOST_FOUND:
-            self.enter_found()
 
     def refused(self, reason: Reason) -> None:
         """Count a refusal, beside the request that got it, if one did.
@@ -252,33 +280,19 @@ class Statistics:
         for slot, (before, count) in enumerate(zip(self._of_earlier_workers, counts, strict=True), start=_BACKEND_START):
             self._row[slot] = before + count
 
-    def enter_found(self) -> None:
-        """Enter the gets that `found` has counted into the row; call it about once a second."""
-        found, self._found = self._found, []
-        if not found:
-            return
-        slots = self._verbs[GET]
-        slots[_STATUS_OFFSETS[200]] += len(found)
-        slots[_SECONDS] += sum(found)
-        slots[_BYTES_OUT] += self._found_bytes
-        self._found_bytes = 0
-        # Sorted, they need no search for the bucket of each.
-        found.sort()
-        start = 0
-        while start < len(found):
-            bucket = bisect_left(BOUNDS, found[start])
-            end = bisect_right(found, BOUNDS[bucket], start) if bucket < len(BOUNDS) else len(found)
-            slots[_BUCKETS + bucket] += end - start
-            start = end
+    def enter_tallies(self) -> None:
+        """Enter what `found` and `stored` have counted into the row; call it about once a second."""
+        self.found.enter()
+        self.stored.enter()
 
     def total(self) -> Reading:
         """Return the sums over all workers, past ones included."""
-        self.enter_found()
+        self.enter_tallies()
         return Reading([sum(column) for column in zip(*(row.tolist() for row in self._rows), strict=True)])
 
     def workers(self) -> dict[int, Reading]:
         """Return the figures of each worker that ever ran, by row."""
-        self.enter_found()
+        self.enter_tallies()
         readings = (Reading(row.tolist()) for row in self._rows)
         return {row: reading for row, reading in enumerate(readings) if reading.starts}
 
