@@ -1,6 +1,7 @@
 """What a server asks of each backend that it can host: usage, health, figures, and reads that need no waiting."""
 
 import asyncio
+import contextlib
 import sqlite3
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from aiokv.backends.base import Backend, HostedBackend, HostingOptions, ImmediateBackend, Usage, WouldWaitError, account_of
 from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.sqlite import SqliteBackend
+from aiokv.errors import CorruptValueError
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -141,6 +143,29 @@ async def test_before_the_file_is_open_nothing_is_counted_and_reads_must_wait(tm
         backend.get_now("db", "k")
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 32, 45])
+async def test_values_read_together_are_those_that_are_read_one_by_one(tmp_path: Path, clock: FakeClock, count: int) -> None:
+    backend = SqliteBackend(tmp_path / "kv.db", clock=clock)
+    await backend.set("db", "large", "x" * 65_537, 120)
+    await backend.set("db", "damaged", "v", 120)
+    await backend.set("db", "expired", "v", 60)
+    await backend.set("db", "whole", "é😀\0", 120)
+    await backend.set("one:db", "whole", "another", 120)
+    with contextlib.closing(sqlite3.connect(tmp_path / "kv.db")) as connection, connection:
+        connection.execute("UPDATE entries_v2 SET value = x'00' WHERE key = 'damaged'")
+    clock.advance(60)
+    kinds = [("db", "whole"), ("db", "large"), ("db", "absent"), ("db", "damaged"), ("db", "expired"), ("one:db", "whole")]
+    names = [kinds[at % len(kinds)] for at in range(count)]
+    expected = ["é😀\0", WouldWaitError, None, CorruptValueError, None, "another"]
+    found = backend.get_all_now(names)
+    assert [type(value) if isinstance(value, Exception) else value for value in found] == [
+        expected[at % len(kinds)] for at in range(count)
+    ]
+    await backend.aclose()
+    with pytest.raises(WouldWaitError):
+        backend.get_all_now(names)
+
+
 async def test_read_that_must_wait_for_another_process_says_so_and_get_waits(tmp_path: Path) -> None:
     path = tmp_path / "kv.db"
     backend = SqliteBackend(path)
@@ -180,6 +205,7 @@ async def test_usage_is_right_over_several_processes(tmp_path: Path) -> None:
     script = """
 import asyncio, sys
 from aiokv.backends.sqlite import SqliteBackend
+from aiokv.errors import CorruptValueError
 async def main():
     backend = SqliteBackend(sys.argv[1])
     for _ in range(5):
