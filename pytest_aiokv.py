@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from aiokv.testing import MovableClock
     from aiokv.testing.background import FlakyKV, KVServer
 
+# So that a failed promise shows what was seen; nothing is imported by it.
+pytest.register_assert_rewrite("aiokv.testing.contract")
+
 
 @pytest.fixture
 def kv_server(request: pytest.FixtureRequest) -> "Iterator[KVServer]":

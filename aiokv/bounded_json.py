@@ -11,6 +11,8 @@ _BEFORE_VALUE = re.compile(rb'[ \t\r\n]*+\{[ \t\r\n]*+"value"[ \t\r\n]*+:[ \t\r\
 _AFTER_VALUE = re.compile(rb'"[ \t\r\n]*+\}[ \t\r\n]*+\Z')
 _MAX_AFTER_VALUE_BYTES = 16
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# Matches at every quotation mark, with the text's end or without, so that a search takes linear time.
+_TEXT_OR_REST = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 def parse_object(body: bytes) -> dict[str, Any] | None:
@@ -28,6 +30,26 @@ def parse_object(body: bytes) -> dict[str, Any] | None:
         parsed = orjson.loads(body)
     except orjson.JSONDecodeError:
         # Not chained: the decoder's error holds the whole body.
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def parse_object_of(body: bytes | bytearray, max_parts: int) -> dict[str, Any] | None:
+    """Parse a JSON object of a bounded number of members and items.
+
+    Args:
+        body: A body of any size.
+        max_parts: Most objects, lists, members and items in it, however deep they lie.
+
+    Returns:
+        The object; None where the body is none, or has more parts.
+    """
+    # Each part has one of these marks, or is the first one behind such a mark. Most bodies have few within their texts, too.
+    if _count_parts(body) > max_parts and _count_parts(_TEXT_OR_REST.sub(b"", body, 2 * max_parts + 2)) > max_parts:
+        return None
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
         return None
     return parsed if isinstance(parsed, dict) else None
 
@@ -52,6 +74,10 @@ def parse_sole_value(body: bytes) -> str | None:
     except orjson.JSONDecodeError:
         return None
     return text if isinstance(text, str) else None
+
+
+def _count_parts(body: bytes | bytearray) -> int:
+    return body.count(b",") + body.count(b"[") + body.count(b"{")
 
 
 def _is_mostly_text(body: bytes) -> bool:

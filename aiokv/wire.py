@@ -88,7 +88,7 @@ def parse_entry_path(entry: str) -> tuple[str, str]:
     raw_db_name, separator, raw_key = entry.partition("/")
     if not separator:
         raise ValueError("path must be /{verb}/{db_name}/{key}")
-    db_name, key = _unquote("db_name", raw_db_name), _unquote("key", raw_key)
+    db_name, key = unquote("db_name", raw_db_name), unquote("key", raw_key)
     check_db_name(db_name)
     check_entry(db_name, key)
     return db_name, key
@@ -330,8 +330,19 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
-def _unquote(argument: str, raw: str) -> str:
-    # The server passes bytes that are not UTF-8 as surrogates.
+def unquote(argument: str, raw: str) -> str:
+    """Decode a part of a raw path or query.
+
+    Args:
+        argument: What messages call it.
+        raw: The part as it was sent, with bytes that are not UTF-8 as surrogates. A `+` stands for itself.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: An escape is malformed, or the bytes are not UTF-8.
+    """
     data = raw.encode("utf-8", "surrogateescape")
     if _BAD_ESCAPE.search(data):
         raise ValueError(f"{argument} has a malformed percent escape; write a percent sign as %25")

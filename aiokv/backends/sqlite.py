@@ -8,24 +8,33 @@ Source: https://sqlite.org/wal.html for what WAL mode and `synchronous=FULL` pro
 
 import asyncio
 import contextlib
+import functools
 import sqlite3
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 from zlib import crc32
 
 from aiokv import clock as process_clock
-from aiokv.backends import sqlite_file, sqlite_schema
+from aiokv.backends import sqlite_file, sqlite_many, sqlite_schema
 from aiokv.backends.base import Clock, Gauges, HostingOptions, Usage, WouldWaitError
-from aiokv.backends.sqlite_commit import Figures, Write
+from aiokv.backends.capabilities import MAX_BATCH_KEYS, ClaimOutcome, Entry, Omitted, Page
+from aiokv.backends.sqlite_claims import Claim, Release
+from aiokv.backends.sqlite_commit import Figures
 from aiokv.backends.sqlite_disk import Disk
-from aiokv.backends.sqlite_writer import SWEEP_INTERVAL_SECONDS, Writer, fail, succeed
-from aiokv.errors import CallError, CorruptValueError, StoreClosedError
+from aiokv.backends.sqlite_many import LOOP_BYTES, DeleteMany, SetMany
+from aiokv.backends.sqlite_scan import Clear, Listing
+from aiokv.backends.sqlite_watch import Watcher
+from aiokv.backends.sqlite_writer import SWEEP_INTERVAL_SECONDS, Writer, run_in_thread, settle
+from aiokv.backends.sqlite_writes import Job, Write
+from aiokv.backends.watching import Watch
+from aiokv.errors import CallError, CorruptValueError, StorageError, StoreClosedError
 
 T = TypeVar("T")
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 _PROBE_SECONDS = 1.0
+_ANY_BYTES = 2**62
 
 
 class SqliteBackend:
@@ -61,6 +70,8 @@ class SqliteBackend:
         self._figures = Figures()
         self._cursor: sqlite3.Cursor | None = None
         self._probe: asyncio.Task[None] | None = None
+        # Made by the first watch: it and this object refer to one another, so that only the garbage collector ends them.
+        self._watcher: Watcher | None = None
         self._closed = False
 
     def __del__(self) -> None:
@@ -127,14 +138,19 @@ class SqliteBackend:
         if self._cursor is None:
             await self._open("get", db_name, key)
             return await self.get(db_name, key)
-        row = await _run_in_thread(lambda: self._waiting_read(db_name, key))
+
+        def read(cursor: sqlite3.Cursor) -> tuple[bytes, int] | None:
+            row: tuple[bytes, int] | None = cursor.execute(sqlite_schema.GET, (db_name, key, self._now())).fetchone()
+            return row
+
+        row = await run_in_thread(lambda: self._waiting_read(read, "get", db_name, key))
         return None if row is None else self._verified(row, db_name, key)
 
     async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
         """Store a value; see `Backend.set`."""
         writer = self._writer if self._cursor is not None else await self._open("set", db_name, key)
         now = process_clock.now() if self._clock is None else self._clock()
-        await _written(writer, "set", db_name, key, value, now + ttl_seconds)
+        await _written(writer, Write("set", db_name, key, value, now + ttl_seconds))
 
     def set_soon(self, db_name: str, key: str, value: str, ttl_seconds: int, done: Callable[[Exception | None], None]) -> None:
         """Queue a set; see `QueueingBackend.set_soon`."""
@@ -146,10 +162,92 @@ class SqliteBackend:
     async def delete(self, db_name: str, key: str) -> None:
         """Delete an entry; see `Backend.delete`."""
         writer = self._writer if self._cursor is not None else await self._open("delete", db_name, key)
-        await _written(writer, "delete", db_name, key)
+        await _written(writer, Write("delete", db_name, key))
+
+    @property
+    def batches_are_atomic(self) -> bool:
+        """True; see `BatchBackend.batches_are_atomic`."""
+        return True
+
+    async def get_many(self, db_name: str, keys: Sequence[str]) -> Sequence[str | Omitted | CallError | None]:
+        """Read values as they are at one moment; see `BatchBackend.get_many`."""
+        if not keys:
+            return []
+
+        def read(cursor: sqlite3.Cursor, most_large_bytes: int) -> list[sqlite_many.StoredValue | Omitted | None] | None:
+            return sqlite_many.read_many(cursor, db_name, keys, self._now(), most_large_bytes)
+
+        rows = await self._read("get_many", db_name, read)
+        seed = crc32(f"{db_name}\0".encode())
+        return [
+            self._checked(row, db_name, key, seed) if isinstance(row, tuple) else row
+            for key, row in zip(keys, rows, strict=True)
+        ]
+
+    async def set_many(self, db_name: str, entries: Sequence[Entry]) -> Sequence[CallError | None]:
+        """Store all values or none; see `BatchBackend.set_many`."""
+        if entries:
+            await self._do(SetMany(db_name, entries, self._now()))
+        return [None] * len(entries)
+
+    async def delete_many(self, db_name: str, keys: Sequence[str]) -> Sequence[CallError | None]:
+        """Delete all entries or none; see `BatchBackend.delete_many`."""
+        if keys:
+            await self._do(DeleteMany(db_name, keys))
+        return [None] * len(keys)
+
+    @property
+    def scans_in_order(self) -> bool:
+        """True; see `ScanBackend.scans_in_order`."""
+        return True
+
+    async def scan(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Page:
+        """List keys; see `ScanBackend.scan`."""
+        listing = Listing(db_name, prefix, cursor)
+        return await self._read("scan", db_name, lambda reader, _: listing.page(reader, limit, self._now()))
+
+    async def count(self, db_name: str, prefix: str = "") -> int:
+        """Count entries, in a thread; see `ScanBackend.count`."""
+        listing = Listing(db_name, prefix)
+
+        def read(cursor: sqlite3.Cursor, most_bytes: int) -> int | None:
+            # One statement that takes as long as there are entries: 50 ms for a million.
+            return listing.count(cursor, self._now()) if most_bytes > LOOP_BYTES else None
+
+        return await self._read("count", db_name, read)
+
+    async def clear(self, db_name: str, prefix: str = "", limit: int = MAX_BATCH_KEYS) -> int:
+        """Delete entries in steps of bounded size; see `ScanBackend.clear`."""
+        deleted = 0
+        while deleted < limit:
+            try:
+                step = await self._do(Clear(db_name, prefix, limit - deleted))
+            except CallError as error:
+                error.maybe_applied = error.maybe_applied or deleted > 0
+                raise
+            deleted += step.deleted
+            if not step.has_more:
+                break
+        return deleted
+
+    async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        """Take or renew a claim; see `ClaimBackend.claim`."""
+        return (await self._do(Claim(db_name, key, owner, seconds))).outcome
+
+    async def release(self, db_name: str, key: str, owner: str) -> bool:
+        """Give a claim back; see `ClaimBackend.release`."""
+        return (await self._do(Release(db_name, key, owner))).was_held
+
+    def watch(self, db_name: str) -> Watch:
+        """Watch a namespace, whichever process changes it; see `WatchBackend.watch`."""
+        if self._watcher is None:
+            self._watcher = Watcher(self._path, self._open_to_watch, self._read_now, self._submit_job)
+        return self._watcher.watch(db_name)
 
     async def aclose(self) -> None:
         """Commit the queue and close the file; see `Backend.aclose`."""
+        if self._watcher is not None:
+            await self._watcher.aclose()
         self._closed = True
         self._cursor = None
         if self._writer is not None:
@@ -199,7 +297,7 @@ class SqliteBackend:
 
     async def _write_probe(self) -> None:
         writer = self._writer if self._cursor is not None else await self._open("probe", "", "")
-        await _written(writer, "probe", "", "", expires_at=process_clock.now())
+        await _written(writer, Write("probe", "", "", expires_at=process_clock.now()))
 
     async def _open(self, verb: str, db_name: str, key: str) -> "Writer":
         if self._closed:
@@ -218,14 +316,52 @@ class SqliteBackend:
         self._cursor = reader.cursor()
         return writer
 
-    def _waiting_read(self, db_name: str, key: str) -> tuple[bytes, int] | None:
-        now = process_clock.now() if self._clock is None else self._clock()
+    def _now(self) -> float:
+        return process_clock.now() if self._clock is None else self._clock()
+
+    async def _do(self, job: AnyJob) -> AnyJob:
+        writer = self._writer if self._cursor is not None else await self._open(job.verb, job.db_name, job.key)
+        await _written(writer, job)
+        return job
+
+    def _submit_job(self, job: Job) -> None:
+        _submit(self._writer, job)
+
+    async def _open_to_watch(self) -> sqlite_file.Identity:
+        return (await self._open("watch", "", "")).identity
+
+    async def _read(self, verb: str, db_name: str, work: Callable[[sqlite3.Cursor, int], T | None]) -> T:
+        """Read in this thread, or in another where that would wait or take long, for which `work` returns None."""
+        if self._cursor is None:
+            await self._open(verb, db_name, "")
+        with contextlib.suppress(WouldWaitError):
+            result = self._read_now(lambda cursor: work(cursor, LOOP_BYTES), verb, db_name)
+            if result is not None:
+                return result
+        waited_for = await run_in_thread(lambda: self._waiting_read(lambda cursor: work(cursor, _ANY_BYTES), verb, db_name))
+        assert waited_for is not None  # noqa: S101 (nothing takes too long for a thread)
+        return waited_for
+
+    def _read_now(self, work: Callable[[sqlite3.Cursor], T], verb: str = "watch", db_name: str = "") -> T:
+        cursor, writer = self._cursor, self._writer
+        if cursor is None or writer is None:
+            raise WouldWaitError
+        try:
+            with writer.reader_lock:
+                return work(cursor)
+        except sqlite3.Error as error:
+            if sqlite_file.is_busy(error):
+                raise WouldWaitError from None
+            raise self._read_failure(error, db_name, "", verb) from error
+
+    def _waiting_read(self, work: Callable[[sqlite3.Cursor], T], verb: str, db_name: str, key: str = "") -> T:
+        if self._writer is None or sqlite_file.identity_of(self._path) != self._writer.identity:
+            raise StorageError(sqlite_file.replaced(self._path), verb=verb, db_name=db_name, key=key)
         try:
             with contextlib.closing(sqlite_file.connect(self._path)) as connection:
-                row: tuple[bytes, int] | None = connection.execute(sqlite_schema.GET, (db_name, key, now)).fetchone()
-                return row
+                return work(connection.cursor())
         except sqlite3.Error as error:
-            raise self._read_failure(error, db_name, key) from error
+            raise self._read_failure(error, db_name, key, verb) from error
 
     def _verified(self, row: tuple[bytes, int], db_name: str, key: str) -> str:
         """Return the value of a row; raise `CorruptValueError` where it is not what was stored."""
@@ -235,18 +371,25 @@ class SqliteBackend:
         except (TypeError, ValueError):
             # Raised anew below, without an error that holds the value.
             pass
+        raise self._corrupt("get", db_name, key)
+
+    def _checked(self, row: tuple[bytes, int], db_name: str, key: str, seed: int) -> str | CorruptValueError:
+        value = sqlite_many.decode(row, key, seed)
+        return self._corrupt("get_many", db_name, key) if value is None else value
+
+    def _corrupt(self, verb: str, db_name: str, key: str) -> CorruptValueError:
         self._figures.failed_reads += 1
-        raise CorruptValueError(
+        return CorruptValueError(
             f"the value in {self._path} is damaged; set the key anew or delete it, and see `aiokv check` for others",
-            verb="get",
+            verb=verb,
             db_name=db_name,
             key=key,
             attempts=1,
         )
 
-    def _read_failure(self, error: sqlite3.Error, db_name: str, key: str) -> CallError:
+    def _read_failure(self, error: sqlite3.Error, db_name: str, key: str, verb: str = "get") -> CallError:
         self._figures.failed_reads += 1
-        failure = sqlite_file.storage_error(self._path, error, "get", db_name, key)
+        failure = sqlite_file.storage_error(self._path, error, verb, db_name, key)
         if sqlite_file.is_damaged(error):
             self._figures.damage = failure.reason
         return failure
@@ -264,41 +407,16 @@ class SqliteBackend:
         return Usage(0, 0) if row is None else Usage(*row)
 
 
-async def _written(  # noqa: PLR0913, PLR0917 (a record's fields)
-    writer: "Writer | None", verb: str, db_name: str, key: str, value: str = "", expires_at: float = 0.0
-) -> None:
+async def _written(writer: "Writer | None", write: Write) -> None:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def done(error: Exception | None) -> None:
-        if error is None:
-            succeed(future, None)
-        else:
-            fail(future, error)
-
-    _submit(writer, Write(verb, db_name, key, value, expires_at, done))
+    write.done = functools.partial(settle, future)
+    _submit(writer, write)
     await future
 
 
 def _submit(writer: "Writer | None", write: Write) -> None:
     if writer is None or not writer.submit(write):
         raise StoreClosedError("the store was closed", verb=write.verb, db_name=write.db_name, key=write.key)
-
-
-async def _run_in_thread(work: Callable[[], T]) -> T:
-    """Run a function in a new thread: all threads of the loop's pool may be waiting for this very loop."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result = work()
-        except Exception as error:  # noqa: BLE001 (raised in the task that waits)
-            loop.call_soon_threadsafe(fail, future, error)
-        else:
-            loop.call_soon_threadsafe(succeed, future, result)
-
-    threading.Thread(target=run, name="aiokv-sqlite read", daemon=True).start()
-    return await future
 
 
 def _process_now() -> float:

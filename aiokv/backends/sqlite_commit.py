@@ -4,85 +4,26 @@ import contextlib
 import itertools
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from zlib import crc32
 
-from aiokv.backends import sqlite_file, sqlite_schema
+from aiokv.backends import sqlite_changes, sqlite_file, sqlite_schema
 from aiokv.backends.base import Clock
 from aiokv.backends.sqlite_disk import CHECKPOINT_PAGES, PAGE_BYTES, Disk
+from aiokv.backends.sqlite_writes import Job, Write, kind_of, set_together
 from aiokv.errors import CallError, StorageError, StorageFullError
 
 _SWEEP_STEP_ENTRIES = 64
+# More than one group can write, and still a short step.
+_MOST_SWEPT_ENTRIES = 32_000
 _VACUUM_STEP_PAGES = 256
 # Where the room for the log is what was the ballast.
 _NARROW_VACUUM_STEP_PAGES = 32
 # No batch needs as much, even if each character takes 4 bytes.
-_MOST_BATCH_BYTES = 128 * 1024 * 1024
+_MOST_BATCH_BYTES = 256 * 1024 * 1024
 # Between two attempts to empty the log for a set.
 _TRUNCATION_INTERVAL_SECONDS = 0.25
-# Values that are set by one statement are encoded at once.
-_SMALL_CHARS = 4096
 _WAIT_FOR_LOCKS = f"PRAGMA busy_timeout = {int(sqlite_file.BUSY_TIMEOUT_SECONDS * 1000)}"
-
-Done = Callable[[CallError | None], None]
-
-
-class Write:
-    """One queued set, delete or probe, and what is called at its end.
-
-    Args:
-        verb: `"set"`, `"delete"`, or `"probe"` for a write that shows whether one succeeds.
-        db_name: The namespace.
-        key: The key.
-        value: The value of a set.
-        expires_at: When the entry of a set expires, or when a probe was asked for.
-        done: Called in the loop with None or the error.
-    """
-
-    __slots__ = ("db_name", "done", "expires_at", "key", "value", "verb")
-
-    def __init__(  # noqa: PLR0913, PLR0917 (a record)
-        self, verb: str, db_name: str, key: str, value: str, expires_at: float, done: Done
-    ) -> None:
-        self.verb = verb
-        self.db_name = db_name
-        self.key = key
-        self.value = value
-        self.expires_at = expires_at
-        self.done = done
-
-    def parameters(self) -> tuple[object, ...]:
-        """Return the parameters of its SQL statement."""
-        if self.verb == "delete":
-            return self.db_name, self.key
-        if self.verb == "probe":
-            return (self.expires_at,)
-        data = self.value.encode()
-        # As `checksum_of`, for the text at hand.
-        checksum = crc32(data, crc32(f"{self.db_name}\0{self.key}".encode()))
-        return self.db_name, self.key, self.expires_at, checksum, len(data), data
-
-    def most_bytes(self) -> int:
-        """Return the room that it can take in the file, 0 for a delete."""
-        if self.verb == "delete":
-            return 0
-        size_bytes = len(self.value) if self.value.isascii() else 4 * len(self.value)
-        return size_bytes + 2 * PAGE_BYTES
-
-
-def _kind_of(write: Write) -> tuple[str, bool]:
-    return write.verb, len(write.value) <= _SMALL_CHARS
-
-
-def _set_together(connection: sqlite3.Connection, writes: list[Write]) -> None:
-    # For each statement this thread gives the interpreter's lock away and gets it back, which can cost more than the set.
-    done = 0
-    for count, statement in sqlite_schema.SETS.items():
-        while len(writes) - done >= count:
-            rows = [write.parameters() for write in writes[done : done + count]]
-            connection.execute(statement, tuple(itertools.chain.from_iterable(rows)))
-            done += count
 
 
 class Figures:
@@ -116,6 +57,7 @@ class Committer:
         figures: What is counted.
 
     Attributes:
+        identity: What tells the file that was opened from all others.
         wants_room: Whether a write was refused for want of room since the last sweep.
     """
 
@@ -124,7 +66,7 @@ class Committer:
         self._clock = clock
         self._disk = disk
         self._figures = figures
-        self._identity = sqlite_file.identity_of(path)
+        self.identity = sqlite_file.identity_of(path)
         self._connection: sqlite3.Connection | None = None
         self._written_since_sweep = 0
         self._checkpoint_pages = CHECKPOINT_PAGES
@@ -181,14 +123,17 @@ class Committer:
     def _transact(self, batch: list[Write], attempt: int = 0) -> list[tuple[Write, CallError | None]]:
         """Apply writes in one transaction, or each in its own where that fails; return each with its error, if it has one."""
         committing = False
+        entries = len(batch)
         try:
             connection = self._connected()
             connection.execute("BEGIN IMMEDIATE")
-            for (verb, is_small), writes in itertools.groupby(batch, _kind_of):
+            for (verb, is_small), writes in itertools.groupby(batch, kind_of):
                 if verb == "set" and is_small:
-                    _set_together(connection, list(writes))
-                else:
+                    set_together(connection, [write.parameters() for write in writes])
+                elif verb in sqlite_schema.WRITES:
                     connection.executemany(sqlite_schema.WRITES[verb], map(Write.parameters, writes))
+                else:
+                    entries += self._apply_jobs(connection, writes)
             committing = True
             connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 (a thread that dies would leave every later write waiting)
@@ -197,7 +142,7 @@ class Committer:
             if len(batch) > 1 and not sqlite_file.is_busy(error) and (is_full or not committing):
                 # A write that is too large, or that SQLite refuses, must not fail the others.
                 return [outcome for write in batch for outcome in self._transact_alone(write)]
-            if is_full and self._make_room(attempt, for_delete=batch[0].verb == "delete"):
+            if is_full and self._make_room(attempt, for_delete=batch[0].frees_room()):
                 return self._transact(batch, attempt + 1)
             # A commit that fails for a lock or a full disk is rolled back. After another failure, such as a failed flush, all
             # of its frames may be in the log, where a recovery would find them.
@@ -205,14 +150,23 @@ class Committer:
             maybe_applied = committing and not is_undone
             cause = StorageFullError(self._disk.lack_of_room()) if is_full else error
             return [(write, self._failure(write, cause, maybe_applied=maybe_applied)) for write in batch]
-        self._written_since_sweep += len(batch)
+        self._written_since_sweep += entries
         self._figures.commits += 1
-        self._figures.committed_writes += len(batch)
+        self._figures.committed_writes += entries
         return [(write, None) for write in batch]
+
+    def _apply_jobs(self, connection: sqlite3.Connection, jobs: Iterable[Write]) -> int:
+        """Apply jobs; return how many entries they write beyond one each."""
+        now, more = self._clock(), 0
+        for job in jobs:
+            if isinstance(job, Job):
+                job.apply(connection, now)
+                more += job.entries - 1
+        return more
 
     def _transact_alone(self, write: Write) -> list[tuple[Write, CallError | None]]:
         # Without its ballast, the room that is left is for deletes.
-        if write.verb != "delete" and self._disk.lacks_ballast():
+        if not write.frees_room() and self._disk.lacks_ballast():
             return [self._refused(write)]
         return self._transact([write])
 
@@ -232,12 +186,9 @@ class Committer:
         return failure
 
     def _connected(self) -> sqlite3.Connection:
-        if sqlite_file.identity_of(self._path) != self._identity:
+        if sqlite_file.identity_of(self._path) != self.identity:
             # A write to a file without a name would be lost, flushed or not.
-            raise StorageError(
-                f"{self._path}, its log (-wal) or its index (-shm) was deleted or replaced while it was open; "
-                "close the store, then open it anew"
-            )
+            raise StorageError(sqlite_file.replaced(self._path))
         checkpoint_pages = self._disk.checkpoint_pages()
         if self._connection is None:
             self._connection, self._checkpoint_pages = sqlite_file.connect(self._path), CHECKPOINT_PAGES
@@ -304,14 +255,16 @@ class Committer:
             Whether nothing is left to do.
         """
         # At least as many as were written since the last sweep; otherwise a busy store would grow for ever.
-        limit = max(_SWEEP_STEP_ENTRIES, 2 * self._written_since_sweep)
+        limit = min(max(_SWEEP_STEP_ENTRIES, 2 * self._written_since_sweep), _MOST_SWEPT_ENTRIES)
         has_written, self._written_since_sweep = self._written_since_sweep > 0, 0
         try:
             connection = self._connected()
             # Writes wait for the sweep, so the sweep waits for no lock.
             connection.execute("PRAGMA busy_timeout = 0")
-            deleted = connection.execute(sqlite_schema.SWEEP, (self._clock(), limit)).rowcount
+            with sqlite_changes.untold(connection):
+                deleted = connection.execute(sqlite_schema.SWEEP, (self._clock(), limit)).rowcount
             self._figures.expired += deleted
+            sqlite_changes.tidy(connection)
             if deleted or has_written:
                 connection.execute(sqlite_schema.FORGET_EMPTY_ACCOUNTS)
             has_spare_pages = self._free_pages(connection)

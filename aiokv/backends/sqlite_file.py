@@ -225,6 +225,21 @@ def damage(path: Path) -> str:
     )
 
 
+def replaced(path: Path) -> str:
+    """Return what to do about a file whose name stands for another one now.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The reason of an error.
+    """
+    return (
+        f"{path}, its log (-wal) or its index (-shm) was deleted or replaced while it was open; "
+        "close the store, then open it anew"
+    )
+
+
 def _inode_of(path: str) -> tuple[int, int] | None:
     try:
         status = os.stat(path)  # noqa: PTH116 (called before each commit: Path.stat is slower)

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from aiokv.backends import sqlite_file
 from aiokv.backends.base import Clock, HostingOptions
-from aiokv.backends.sqlite_commit import Committer, Figures, Write
+from aiokv.backends.sqlite_commit import Committer, Figures
 from aiokv.backends.sqlite_disk import Disk
+from aiokv.backends.sqlite_writes import Write
 from aiokv.errors import CallError, StorageError
 
 T = TypeVar("T")
@@ -67,6 +68,11 @@ class Writer:
         self.reader_lock = threading.Lock()
         self.writer_lock = threading.Lock()
         _writers.add(self)
+
+    @property
+    def identity(self) -> sqlite_file.Identity:
+        """What tells the file that was opened from all others; once `opened` is done."""
+        return () if self._committer is None else self._committer.identity
 
     def start(self) -> None:
         """Start the thread; where none can be started, `opened` holds the error."""
@@ -190,7 +196,7 @@ class Writer:
             write = self._queue.get(timeout=max(0.0, until - time.monotonic()))
             while write is not None:
                 batch.append(write)
-                size_chars += len(write.value)
+                size_chars += len(write.value) or write.size_chars
                 if len(batch) >= _MAX_BATCH_WRITES or size_chars >= _MAX_BATCH_CHARS:
                     return batch, False
                 write = self._queue.get_nowait()
@@ -227,6 +233,43 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+def settle(future: "asyncio.Future[None]", error: Exception | None) -> None:
+    """End a future, unless the waiting task was cancelled.
+
+    Args:
+        future: A future of the running loop.
+        error: Its exception, or None.
+    """
+    if error is None:
+        succeed(future, None)
+    else:
+        fail(future, error)
+
+
+async def run_in_thread(work: Callable[[], T]) -> T:
+    """Run a function in a new thread: all threads of the loop's pool may be waiting for this very loop.
+
+    Args:
+        work: The function; an error of it is raised.
+
+    Returns:
+        Its result.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 (raised in the task that waits)
+            loop.call_soon_threadsafe(fail, future, error)
+        else:
+            loop.call_soon_threadsafe(succeed, future, result)
+
+    threading.Thread(target=run, name="aiokv-sqlite read", daemon=True).start()
+    return await future
 
 
 def succeed(future: "asyncio.Future[T]", result: T) -> None:

@@ -1,12 +1,13 @@
 """Answers as bytes: every one is JSON unless it says otherwise, and every error is `{"error": "<message>"}`."""
 
+import math
 from asyncio import WriteTransport
 from http import HTTPStatus
 
 import orjson
 
 from aiokv.limits import MAX_VALUE_BYTES
-from aiokv.wire import error_body
+from aiokv.wire import TOKEN_PATH, error_body
 
 JSON = b"application/json"
 
@@ -123,3 +124,33 @@ def no_room() -> Answer:
 def wrong_method(method: bytes) -> Answer:
     """Refuse another method than the one that the path takes."""
     return refusal(405, f"this path takes {method.decode()}", b"Allow: %b\r\n" % method)
+
+
+def unauthorized() -> Answer:
+    """Refuse a request whose token lets nobody in."""
+    return refusal(
+        401,
+        f"the token is missing, expired or not from here; exchange a key for one at POST {TOKEN_PATH}",
+        b"WWW-Authenticate: Bearer\r\n",
+        reason="unauthorized",
+    )
+
+
+def too_fast(wait_seconds: float) -> Answer:
+    """Refuse a request of an account that has to wait."""
+    return refusal(
+        429,
+        "the account's requests come faster than its limit",
+        b"Retry-After: %d\r\n" % math.ceil(wait_seconds),
+        reason="rate",
+    )
+
+
+def stream_head(date: bytes, connection: bytes, content_type: str) -> bytes:
+    """Build the head of an answer whose body comes in chunks; proxies are asked to hold nothing of it back."""
+    return b"%b%b%bContent-Type: %b\r\nX-Accel-Buffering: no\r\nTransfer-Encoding: chunked\r\n\r\n" % (
+        _START[200],
+        date,
+        connection,
+        content_type.encode(),
+    )

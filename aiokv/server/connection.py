@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import cast
 
+from aiokv.event_wire import EVENT_STREAM
 from aiokv.server.access_log import request_id
-from aiokv.server.answers import INTERIM, Answer, refusal
+from aiokv.server.answers import INTERIM, Answer, refusal, stream_head
 from aiokv.server.budget import SMALL_BYTES
 from aiokv.server.owner import Owner
-from aiokv.server.requests import MalformedRequestError, Request, RequestParser
+from aiokv.server.requests import BODY_VERBS, MalformedRequestError, Request, RequestParser
+from aiokv.server.watches import Watcher
 
 _SLICE_BYTES = 4 * 1024
 """Parsed at once: so few requests can be in it that those that wait for their turn need little room."""
@@ -61,6 +63,8 @@ class Connection(asyncio.BufferedProtocol):
         """Requests that wait for their turn."""
         self._waiting: bytearray | None = None
         """Bytes that are parsed once there is a turn for what is in them."""
+        self._watch: tuple[Request, Watcher] | None = None
+        """The watch that is being served."""
         self._unread: list[Request] | None = None
         """Requests with large answers that the client has not read."""
         self._unread_bytes = 0
@@ -83,6 +87,7 @@ class Connection(asyncio.BufferedProtocol):
             self._body = None
         self._forget_queue()
         self._give_back()
+        self._end_watch()
         self._parser.close()
         self._listener.lost(self)
 
@@ -139,7 +144,7 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """Answer what is complete to a client that sends nothing more; called by the loop."""
         # TLS cannot be half closed.
-        if self.is_tls or self._lingered_bytes >= 0 or not self._has_turns():
+        if self.is_tls or self._lingered_bytes >= 0 or self._watch is not None or not self._has_turns():
             return False
         self._is_half_closed = True
         return True
@@ -156,6 +161,8 @@ class Connection(asyncio.BufferedProtocol):
         self._is_full = False
         self._seconds = 0.0
         self._give_back()
+        if self._watch is not None:
+            self._watch[1].send()
         if not self._answering:
             self._go_on()
 
@@ -229,13 +236,13 @@ class Connection(asyncio.BufferedProtocol):
         request.received_bytes += len(data)
         if request.refusal is not None:
             return
-        is_set = request.verb == "set"
-        if request.content_length is None or not is_set:
+        is_kept = request.verb in BODY_VERBS
+        if request.content_length is None or not is_kept:
             refused = self._listener.service.hold_more(request, len(data))
             if refused is not None:
                 self._refuse(request, refused)
                 return
-        if not is_set:
+        if not is_kept:
             return
         if not request.body:
             request.body = data
@@ -384,7 +391,35 @@ class Connection(asyncio.BufferedProtocol):
             self._listener.service.release(request)
             self.abort()
             raise
-        self._finish(request, answer)
+        if isinstance(answer, Watcher):
+            self._begin_watch(request, answer)
+        else:
+            self._finish(request, answer)
+
+    def _begin_watch(self, request: Request, watcher: Watcher) -> None:
+        """Answer with events, while what comes behind the request waits."""
+        listener, transport = self._listener, self._transport
+        self._watch = request, watcher
+        if transport is None:
+            self._end_watch()
+            return
+        connection = b""
+        if listener.operation.access_log is not None or b"x-request-id" in request.fields:
+            request.id = request_id(request.fields.get(b"x-request-id", b"").decode("latin-1"))
+            connection = b"X-Request-Id: %b\r\n" % request.id.encode()
+        transport.write(stream_head(listener.date, connection, EVENT_STREAM))
+        watcher.begin(transport, lambda: self._is_full, self._end_watch)
+
+    def _end_watch(self) -> None:
+        """Count a watch that has ended, and close its connection."""
+        if self._watch is None:
+            return
+        (request, watcher), self._watch = self._watch, None
+        watcher.leave()
+        seconds = time.perf_counter() - request.started
+        self._listener.operation.answered(request, watcher, self.address, seconds, is_sent=True, bytes_out=watcher.sent_bytes)
+        self._answering = False
+        self._end(lingers=False)
 
     def _finish(self, request: Request, answer: Answer) -> None:
         """Send an answer that had to be waited for, and go on."""

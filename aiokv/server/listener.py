@@ -52,7 +52,7 @@ class Listener:
         buffer: What every connection reads into.
         short_way: Of plain requests; None where all go the long way.
         connections: Those that are open.
-        date: The line of the Date header.
+        date: The lines that every answer bears: its date, and the extensions.
         is_draining: Whether every answer closes its connection.
     """
 
@@ -104,6 +104,7 @@ class Listener:
         self.close_sockets()
         self.is_draining = True
         self.short_way = None
+        self.service.extensions.watches.close()
         deadline = self._loop.time() + self.options.drain_seconds
         # A client whose connection is idle may be about to use it: it has a moment to, and its answer closes the connection.
         idle_seconds = min(_IDLE_DRAIN_SECONDS, self.options.drain_seconds / 4)
@@ -119,12 +120,14 @@ class Listener:
         self.abort()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await self.service.extensions.watches.aclose()
         # Lets the transports of what was cut tell that they are closed.
         await asyncio.sleep(0)
 
     def abort(self) -> None:
         """Cut what is left, and end."""
         self.close_sockets()
+        self.service.extensions.watches.close()
         for connection in list(self.connections):
             connection.abort()
         for task in self._tasks:
@@ -232,7 +235,8 @@ class Listener:
         now = self._loop.time()
         seconds = now - self._looked_at if self._looked_at else 0.0
         self._looked_at = now
-        self.date = b"Date: %b\r\n" % formatdate(time.time(), usegmt=True).encode()
+        # With the header of the extensions, which every answer bears, too.
+        self.date = b"Date: %b\r\n%b" % (formatdate(time.time(), usegmt=True).encode(), self.service.extensions.header)
         unread_bytes = 0
         for connection in list(self.connections):
             connection.look(seconds)

@@ -79,6 +79,11 @@ def _requests(total: Reading) -> Iterator[Metric]:
     yield seconds
     yield CounterMetricFamily("aiokv_get_hits", "Gets that found a value.", total.hits)
     yield CounterMetricFamily("aiokv_get_misses", "Gets whose key was absent or had expired.", total.misses)
+    batch_keys = CounterMetricFamily("aiokv_batch_keys", "Keys in batches, by what was done with them.", labels=["verb"])
+    for verb, count in total.batch_keys.items():
+        batch_keys.add_metric([verb], count)
+    yield batch_keys
+    yield GaugeMetricFamily("aiokv_watches", "Watches under way.", total.watches)
     yield CounterMetricFamily("aiokv_received_bytes", "Bytes of the bodies of requests.", total.bytes_in)
     yield CounterMetricFamily("aiokv_sent_bytes", "Bytes of the bodies of answers.", total.bytes_out)
 

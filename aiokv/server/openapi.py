@@ -1,8 +1,7 @@
 """`/openapi.json`: the service described for programs, after OpenAPI 3.1."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
@@ -13,48 +12,12 @@ from aiokv.limits import (
     MAX_VALUE_BYTES,
     MIN_TTL_SECONDS,
 )
+from aiokv.server.openapi_extensions import PARAMETERS, SCHEMAS, extension_paths
+from aiokv.server.openapi_parts import BY_THE_BODY, HEADERS, REFUSALS, Node, operation_of, ref, refusal, success
 from aiokv.wire import METHODS, TOKEN_PATH
 
-_Node = dict[str, Any]
-
-_REFUSALS: Mapping[int, tuple[str, tuple[str, ...]]] = {
-    400: ("The request is malformed, or an argument is outside its range.", ()),
-    401: ("The credentials are missing, expired or not known.", ("WWW-Authenticate",)),
-    403: ("The key may not do this; or, without accounts, the request came from a foreign host name or web page.", ()),
-    404: ("There is no such key, or it has expired.", ()),
-    405: ("The path takes another method.", ("Allow",)),
-    408: ("The request did not arrive in time.", ()),
-    413: ("The body is too large.", ()),
-    415: ("The body has a Content-Encoding.", ()),
-    429: ("The account's requests come faster than its limit.", ("Retry-After",)),
-    431: ("The head of the request is too large.", ()),
-    501: ("The body has a transfer coding other than chunked, or the request is one for a proxy.", ()),
-    503: (
-        "The store cannot answer now, or the server is full or stopping. Nothing was done unless it was under way.",
-        ("Retry-After",),
-    ),
-    505: ("The request is of another version than HTTP/1.1 and 1.0.", ()),
-    507: ("The store has no room left, or a quota would be exceeded. Nothing was stored.", ()),
-}
-# Any request may meet these, by its head alone.
-_BY_THE_HEAD = (400, 403, 405, 408, 431, 501, 503, 505)
-_BY_THE_BODY = (413, 415)
-
-_HEADERS: Final[_Node] = {
-    "Allow": {"description": "The method that the path takes.", "schema": {"type": "string"}},
-    "Retry-After": {
-        "description": "Seconds until a further attempt makes sense. Absent where none does, such as for a damaged value.",
-        "schema": {"type": "integer", "minimum": 0},
-    },
-    "WWW-Authenticate": {"description": "The scheme of the credentials that are asked for.", "schema": {"type": "string"}},
-    "X-Request-Id": {
-        "description": "The id of the request: the client's own, or a new one.",
-        "schema": {"type": "string", "minLength": 1, "maxLength": 128},
-    },
-}
-
 _NAME_RULE = "It is not empty, `.` or `..`, holds no NUL, and is percent-encoded as UTF-8."
-_PARAMETERS: Final[_Node] = {
+_PARAMETERS: Final[Node] = {
     "db_name": {
         "name": "db_name",
         "in": "path",
@@ -96,7 +59,7 @@ _PARAMETERS: Final[_Node] = {
     },
 }
 
-_SCHEMAS: Final[_Node] = {
+_SCHEMAS: Final[Node] = {
     "Error": {
         "type": "object",
         "required": ["error"],
@@ -116,7 +79,7 @@ _SCHEMAS: Final[_Node] = {
     },
 }
 
-_SECURITY_SCHEMES: Final[_Node] = {
+_SECURITY_SCHEMES: Final[Node] = {
     "token": {"type": "http", "scheme": "bearer", "description": f"A token of `POST {TOKEN_PATH}`."},
     "key": {
         "type": "apiKey",
@@ -158,83 +121,45 @@ def document(version: str = "1") -> bytes:
             "servers": [{"url": "/"}],
             "tags": [
                 {"name": "values", "description": "Read and write values."},
+                {
+                    "name": "extensions",
+                    "description": "Many keys at once, listings, claims and news of changes, where the store can do that.",
+                },
                 {"name": "access", "description": "Exchange a key for a token."},
                 {"name": "operation", "description": "Watch the server."},
             ],
-            "paths": _entries() | _access() | _operation(),
+            "paths": _entries() | extension_paths() | _access() | _operation(),
             "components": {
-                "schemas": _SCHEMAS,
-                "parameters": _PARAMETERS,
-                "headers": _HEADERS,
+                "schemas": _SCHEMAS | SCHEMAS,
+                "parameters": _PARAMETERS | PARAMETERS,
+                "headers": HEADERS,
                 "securitySchemes": _SECURITY_SCHEMES,
-                "responses": {f"Status{status}": _refusal(*cells) for status, cells in _REFUSALS.items()},
+                "responses": {f"Status{status}": refusal(*cells) for status, cells in REFUSALS.items()},
             },
         }
     )
 
 
-def _ref(kind: str, name: str) -> _Node:
-    return {"$ref": f"#/components/{kind}/{name}"}
-
-
-def _refusal(description: str, headers: tuple[str, ...]) -> _Node:
-    return {
-        "description": description,
-        "headers": {name: _ref("headers", name) for name in (*headers, "X-Request-Id")},
-        "content": {"application/json": {"schema": _ref("schemas", "Error")}},
-    }
-
-
-def _success(description: str, media_type: str, schema: _Node) -> _Node:
-    return {
-        "description": description,
-        "headers": {"X-Request-Id": _ref("headers", "X-Request-Id")},
-        "content": {media_type: {"schema": schema}},
-    }
-
-
-def _operation_of(  # noqa: PLR0913 (the parts of an operation)
-    operation_id: str,
-    tag: str,
-    summary: str,
-    success: _Node,
-    refusals: tuple[int, ...] = (),
-    *,
-    security: tuple[str, ...] = (),
-    **further: Any,
-) -> _Node:
-    statuses = sorted({*_BY_THE_HEAD, *refusals})
-    return {
-        "operationId": operation_id,
-        "tags": [tag],
-        "summary": summary,
-        # The empty alternative: a server without accounts asks for no credentials.
-        "security": [*({scheme: []} for scheme in security), {}],
-        "responses": {"200": success, **{str(status): _ref("responses", f"Status{status}") for status in statuses}},
-        **further,
-    }
-
-
-def _entries() -> _Node:
-    names = [_ref("parameters", "db_name"), _ref("parameters", "key"), _ref("parameters", "X-Request-Id")]
-    done = _ref("schemas", "Done")
+def _entries() -> Node:
+    names = [ref("parameters", "db_name"), ref("parameters", "key"), ref("parameters", "X-Request-Id")]
+    done = ref("schemas", "Done")
     operations = {
-        "get": _operation_of(
+        "get": operation_of(
             "get",
             "values",
             "Read a value.",
-            _success("The value.", "application/json", _ref("schemas", "Value")),
+            success("The value.", "application/json", ref("schemas", "Value")),
             (401, 404, 429),
             security=("token",),
         ),
-        "set": _operation_of(
+        "set": operation_of(
             "set",
             "values",
             "Store a value; replace the present one.",
-            _success("The value is stored, durably where the store is a file.", "application/json", done),
-            (401, 429, *_BY_THE_BODY, 507),
+            success("The value is stored, durably where the store is a file.", "application/json", done),
+            (401, 429, *BY_THE_BODY, 507),
             security=("token",),
-            parameters=[_ref("parameters", "ttl")],
+            parameters=[ref("parameters", "ttl")],
             requestBody={
                 "description": (
                     f"The value and nothing around it: UTF-8, {MAX_VALUE_BYTES:,} bytes at most. "
@@ -243,11 +168,11 @@ def _entries() -> _Node:
                 "content": {"text/plain": {"schema": {"type": "string", "maxLength": MAX_VALUE_BYTES}}},
             },
         ),
-        "delete": _operation_of(
+        "delete": operation_of(
             "delete",
             "values",
             "Delete an entry; succeed where there is none.",
-            _success("There is no such entry now.", "application/json", done),
+            success("There is no such entry now.", "application/json", done),
             (401, 429),
             security=("token",),
         ),
@@ -258,22 +183,22 @@ def _entries() -> _Node:
     }
 
 
-def _access() -> _Node:
-    exchange = _operation_of(
+def _access() -> Node:
+    exchange = operation_of(
         "exchangeToken",
         "access",
         "Exchange a key for a token.",
-        _success("The token, good for two hours.", "application/json", _ref("schemas", "Token")),
-        (401, *_BY_THE_BODY),
+        success("The token, good for two hours.", "application/json", ref("schemas", "Token")),
+        (401, *BY_THE_BODY),
         security=("key",),
-        parameters=[_ref("parameters", "X-Request-Id")],
+        parameters=[ref("parameters", "X-Request-Id")],
         description="A body is not looked at; it may have 64 KiB.",
     )
     return {TOKEN_PATH: {"post": exchange}}
 
 
-def _operation() -> _Node:
-    done = _ref("schemas", "Done")
+def _operation() -> Node:
+    done = ref("schemas", "Done")
     pages = {
         "/livez": ("isAlive", "Learn whether the process runs.", "It runs.", "application/json", done, False),
         "/readyz": (
@@ -312,14 +237,14 @@ def _operation() -> _Node:
     }
     return {
         path: {
-            "get": _operation_of(
+            "get": operation_of(
                 operation_id,
                 "operation",
                 summary,
-                _success(description, media_type, schema),
+                success(description, media_type, schema),
                 (401,) if is_guarded else (),
                 security=("operator", "key") if is_guarded else (),
-                parameters=[_ref("parameters", "X-Request-Id")],
+                parameters=[ref("parameters", "X-Request-Id")],
             )
         }
         for path, (operation_id, summary, description, media_type, schema, is_guarded) in pages.items()

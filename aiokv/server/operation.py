@@ -52,7 +52,16 @@ class Operation:
             b"/openapi.json": (self._openapi, False),
         }
 
-    def answered(self, request: Request, answer: Answer, address: str, seconds: float, *, is_sent: bool) -> None:
+    def answered(  # noqa: PLR0913 (each is one figure)
+        self,
+        request: Request,
+        answer: Answer,
+        address: str,
+        seconds: float,
+        *,
+        is_sent: bool,
+        bytes_out: int | None = None,
+    ) -> None:
         """Count and log an answer.
 
         Args:
@@ -61,9 +70,11 @@ class Operation:
             address: The client's address.
             seconds: How long the answer took once the request was there.
             is_sent: Whether the client was still there to get it.
+            bytes_out: The size of what was sent in place of the answer's body.
         """
         status = answer.status if is_sent else _CLIENT_LEFT
-        bytes_out = len(answer.body) if is_sent else 0
+        if bytes_out is None:
+            bytes_out = len(answer.body) if is_sent else 0
         self.statistics.record(_VERB_INDICES[request.verb], status, seconds, request.received_bytes, bytes_out)
         if answer.reason:
             self.refused(answer.reason)
@@ -74,7 +85,7 @@ class Operation:
                 account=request.account or None,
                 verb=request.verb or "other",
                 db_name=request.db_name.removeprefix(f"{request.account}:") or None,
-                key=request.key if request.db_name else None,
+                key=(request.key or None) if request.db_name else None,
                 status=status,
                 bytes_in=request.received_bytes,
                 bytes_out=bytes_out,
@@ -102,6 +113,8 @@ class Operation:
             for _ in range(self._access.wrong_keys - self._wrong_keys):
                 self.statistics.wrong_key()
             self._wrong_keys = self._access.wrong_keys
+        extensions = self._service.extensions
+        self.statistics.extensions(extensions.watches.count, extensions.take_key_counts())
         gauges = None
         if self._hosted is not None:
             # The figures of a store that cannot be read are the last ones.

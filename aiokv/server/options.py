@@ -44,7 +44,10 @@ class ServerOptions(Record, kw_only=True):
         min_bytes_per_second: The least rate at which a body must arrive and an answer must be read, after `grace_seconds`.
         grace_seconds: How long a body or an unread answer may stand still.
         max_bytes_in_flight: Bytes of bodies and answers held in memory at once in one process.
-        requests_per_second: Requests of one account; None for no bound. The access file may say otherwise for an account.
+        max_watches: Watches of namespaces at once in one process.
+        max_watches_per_account: Watches of one account at once in one process; None takes half of `max_watches`.
+        requests_per_second: Requests of one account, each key of a batch counted as one; None for no bound. The access file
+            may say otherwise for an account.
         max_stored_bytes: Bytes of values that one account may store; None for no bound. Likewise.
         max_stored_entries: Entries that one account may store; None for no bound. Likewise.
         min_free_bytes: Free disk below which nothing more is stored.
@@ -72,6 +75,8 @@ class ServerOptions(Record, kw_only=True):
     min_bytes_per_second: int = 4 * 1024
     grace_seconds: float = 10.0
     max_bytes_in_flight: int = 64 * MIB
+    max_watches: int = 4096
+    max_watches_per_account: int | None = None
     requests_per_second: float | None = None
     max_stored_bytes: int | None = None
     max_stored_entries: int | None = None
@@ -386,7 +391,13 @@ _GROUPS: dict[str, tuple[_Option, ...]] = {
             "the accounts, made by `aiokv access add`; without it the server binds to loopback and lets everybody in",
             optional=True,
         ),
-        _Option("requests_per_second", NUMBER, "requests of one account a second", least=0.001, optional=True),
+        _Option(
+            "requests_per_second",
+            NUMBER,
+            "requests of one account a second; each key of a batch counts as one",
+            least=0.001,
+            optional=True,
+        ),
         _Option("max_stored_bytes", SIZE, "bytes of values that one account may store", optional=True),
         _Option("max_stored_entries", WHOLE, "entries that one account may store", optional=True),
     ),
@@ -412,6 +423,13 @@ _GROUPS: dict[str, tuple[_Option, ...]] = {
         _Option("min_bytes_per_second", SIZE, "least rate of bodies and of the reading of answers, after --grace"),
         _Option("grace_seconds", SECONDS, "time that a body or an unread answer may stand still", least=0.1),
         _Option("max_bytes_in_flight", SIZE, "bytes of bodies and answers in memory at once", least=MAX_VALUE_BYTES),
+        _Option("max_watches", WHOLE, "watches of namespaces at once"),
+        _Option(
+            "max_watches_per_account",
+            WHOLE,
+            "watches of one account at once; none: half of --max-watches",
+            optional=True,
+        ),
     ),
     "disk": (
         _Option("min_free_bytes", SIZE, "free disk below which nothing more is stored"),

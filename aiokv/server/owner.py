@@ -18,7 +18,7 @@ class Owner(Protocol):
         options: The bounds.
         buffer: What every connection reads into.
         short_way: The short way of plain requests; None where all go the long way.
-        date: The line of the Date header.
+        date: The lines that every answer bears: its date, and the extensions.
         is_draining: Whether every answer closes its connection.
     """
 

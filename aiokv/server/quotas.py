@@ -94,6 +94,41 @@ class Quotas:
         self._buckets[account] = (tokens - 1.0, now)
         return 0.0
 
+    def charge(self, account: str, count: int) -> None:
+        """Take what a request that was let in costs beyond one; the account's bucket may go below empty by it.
+
+        Args:
+            account: The account.
+            count: Tokens.
+        """
+        bucket = self._buckets.get(account)
+        if bucket is not None:
+            self._buckets[account] = (bucket[0] - count, bucket[1])
+
+    def check_claim(self, account: str) -> str | None:
+        """Check a claim, which counts as an entry while it lasts, against what its account stores.
+
+        An account at its quota of entries can still claim and renew, up to 16 entries and an eighth of the quota beyond it:
+        whoever holds a claim must be able to keep it.
+
+        Args:
+            account: The account.
+
+        Returns:
+            As `refuse_set`.
+        """
+        most = self._limits_of(account).max_stored_entries
+        if most is None or self._hosted is None:
+            return None
+        used = self._usage(self._hosted, account).entries
+        if used < most + 16 + most // 8:
+            return None
+        return f"the quota max-entries is {most:,}, and {used:,} are stored, with no room for claims either; delete entries"
+
+    def has_quota(self, account: str) -> bool:
+        """Return whether there is a bound of what an account may store."""
+        return self._hosted is not None and self._has_quota(account)
+
     def under_way(self, account: str) -> Usage:
         """Return what the sets of an account that are under way will store."""
         return self._under_way.get(account, _NOTHING)

@@ -3,13 +3,16 @@
 Source: RFC 9112 for the messages; https://github.com/MagicStack/httptools for the parser's callbacks.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import httptools
 
 from aiokv.server.answers import Answer
 
 MAX_HEADERS = 100
+BODY_VERBS = frozenset({"set", "batch"})
+"""Requests whose body is kept; that of others is thrown away as it comes."""
+
 MAX_LINE_BYTES = 8_190
 """Longest request target or header, as of most servers and proxies."""
 
@@ -25,6 +28,7 @@ _KNOWN = frozenset(
         b"origin",
         b"sec-fetch-site",
         b"x-request-id",
+        b"last-event-id",
     }
 )
 _IGNORED = (b"accept", b"accept-encoding", b"accept-language", b"connection", b"content-type", b"user-agent")
@@ -65,11 +69,12 @@ class Request:
     Attributes:
         content_length: Bytes of the body, or None where it comes in chunks.
         expects_continue: Whether the client waits for an interim answer before it sends the body.
-        verb: `get`, `set`, `delete`, `token` or `other`; "" until it is known.
+        verb: `get`, `set`, `delete`, `token`, `other`, or one of an extension; "" until it is known.
         account: Whose request it is; "" where there are no accounts.
         db_name: The namespace, the account included.
         key: The key; of a `token` or `other` the client's address.
         ttl_seconds: Of a set.
+        parsed: What the query of an extension's request says.
         body: What has arrived of the body.
         received_bytes: Bytes of the body that have arrived.
         seen_bytes: Those that had arrived when the client was last found fast enough.
@@ -86,6 +91,7 @@ class Request:
     db_name = ""
     key = ""
     ttl_seconds = 0
+    parsed: Any = None
     body: bytes | bytearray = b""
     received_bytes = 0
     seen_bytes = 0

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import secrets
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
@@ -11,17 +10,37 @@ import orjson
 
 from aiokv import clock
 from aiokv.backends.base import Backend, GatheringBackend, ImmediateBackend, QueueingBackend, WouldWaitError
-from aiokv.errors import CallError, ConfigurationError, CorruptValueError, StorageFullError, ValueTooLargeError
+from aiokv.batch_wire import MAX_BATCH_BODY_BYTES
+from aiokv.errors import (
+    CallError,
+    ConfigurationError,
+    CorruptValueError,
+    StorageFullError,
+    UnsupportedError,
+    ValueTooLargeError,
+)
 from aiokv.limits import DEFAULT_TTL_SECONDS, MAX_VALUE_BYTES
 from aiokv.server.access import TOKEN_LIFETIME_SECONDS, AccessFile
-from aiokv.server.answers import ABSENT, DONE, RETRY_SOON, Answer, no_room, refusal, too_large, wrong_method
+from aiokv.server.answers import (
+    ABSENT,
+    DONE,
+    RETRY_SOON,
+    Answer,
+    no_room,
+    refusal,
+    too_fast,
+    too_large,
+    unauthorized,
+    wrong_method,
+)
 from aiokv.server.budget import SMALL_BYTES, Budget
+from aiokv.server.extensions import EXTENSION_VERBS, NO_EXTENSION, Extensions
 from aiokv.server.log_limit import LogLimit
 from aiokv.server.options import ServerOptions
 from aiokv.server.origins import check_host, check_origin
 from aiokv.server.quotas import AccountLimits, Quotas
 from aiokv.server.readiness import Readiness
-from aiokv.server.requests import Request
+from aiokv.server.requests import BODY_VERBS, Request
 from aiokv.wire import METHODS, TOKEN_PATH, Verb, parse_entry_path, parse_ttl_query, value_body
 
 logger = logging.getLogger("aiokv.server")
@@ -55,6 +74,7 @@ class Service:
     Attributes:
         budget: The bytes in flight.
         readiness: What `/readyz` says.
+        extensions: Batches, listings, claims and watches.
         pages: Further paths, each with what answers a GET of it, and whether it is for operators alone.
     """
 
@@ -76,6 +96,7 @@ class Service:
             (lambda _: defaults) if access is None else access.limits_of, backend=backend, of_all=access is None
         )
         self._has_rates = access is not None or options.requests_per_second is not None
+        self.extensions = Extensions(backend, access, self.quotas, options, self.answer_fault)
         self._known_hosts: dict[bytes, Answer | None] = {}
         self._log_limit = LogLimit()
 
@@ -112,7 +133,7 @@ class Service:
                 return wrong_method(method)
             refused = self._admit_entry(request, entry, query)
         else:
-            refused = self._admit_other(request, path, address)
+            refused = self._admit_other(request, path, query, address)
         if refused is None and (request.content_length != 0 or request.verb == "set"):
             refused = self._admit_body(request)
         return refused
@@ -140,7 +161,7 @@ class Service:
         limit_bytes = _limit_of(request)
         if request.received_bytes > limit_bytes:
             return too_large(None, limit_bytes)
-        if request.verb != "set":
+        if request.verb not in BODY_VERBS:
             return None
         if not self.budget.take(request.account, size_bytes, is_large=request.received_bytes > SMALL_BYTES):
             return no_room()
@@ -185,6 +206,8 @@ class Service:
             return self._page(request)
         if request.verb == "token":
             return self._token(request)
+        if request.verb in EXTENSION_VERBS:
+            return self.extensions.answer(request)
         return self._perform(request)
 
     def begin_set(self, request: Request, done: Callable[[Request, Answer], None]) -> Result | None:
@@ -253,20 +276,10 @@ class Service:
             authorization = request.fields.get(b"authorization", b"").decode("latin-1")
             permit = self.access.permit_of_token(authorization)
             if permit is None:
-                return refusal(
-                    401,
-                    f"the token is missing, expired or not from here; exchange a key for one at POST {TOKEN_PATH}",
-                    b"WWW-Authenticate: Bearer\r\n",
-                    reason="unauthorized",
-                )
+                return unauthorized()
             request.account = permit.account
         if self._has_rates and (wait_seconds := self.quotas.admit(request.account)):
-            return refusal(
-                429,
-                "the account's requests come faster than its limit",
-                b"Retry-After: %d\r\n" % math.ceil(wait_seconds),
-                reason="rate",
-            )
+            return too_fast(wait_seconds)
         try:
             db_name, request.key = parse_entry_path(entry.decode("utf-8", "surrogateescape"))
             if request.verb == "set":
@@ -281,14 +294,16 @@ class Service:
             request.db_name = f"{request.account}:{db_name}"
         return None
 
-    def _admit_other(self, request: Request, path: bytes, address: str) -> Answer | None:
+    def _admit_other(self, request: Request, path: bytes, query: bytes, address: str) -> Answer | None:
         if path == _TOKEN_PATH:
             request.verb, request.key = "token", address
             if request.method != b"POST":
                 return wrong_method(b"POST")
             return None
         if path not in self.pages:
-            pages = ", ".join(page.decode() for page in self.pages)
+            if (refused := self.extensions.admit(request, path, query)) is not NO_EXTENSION:
+                return refused
+            pages = ", ".join((*self.extensions.paths, *(page.decode() for page in self.pages)))
             return refusal(404, f"no such path; known: /get/, /set/, /delete/ with {{db_name}}/{{key}}, {pages}")
         request.verb, request.key = "other", address
         if request.method != b"GET":
@@ -307,7 +322,7 @@ class Service:
             return too_large(size_bytes, limit_bytes)
         if refused := self._check_quota(request, size_bytes):
             return refused
-        if size_bytes and request.verb == "set":
+        if size_bytes and request.verb in BODY_VERBS:
             if not self.budget.take(request.account, size_bytes, is_large=size_bytes > SMALL_BYTES):
                 return no_room()
             request.held_bytes = size_bytes
@@ -381,6 +396,8 @@ class Service:
         self._log_limit.error(logger, type(error).__name__, what)
         if isinstance(error, StorageFullError):
             return refusal(507, "the store has no room left; nothing was stored", reason="disk")
+        if isinstance(error, UnsupportedError):
+            return refusal(501, "the store of this server cannot do that")
         if isinstance(error, CorruptValueError):
             # It stays so until it is written again: no use in coming back.
             return refusal(503, "the stored value is damaged; set it again or delete it")
@@ -455,4 +472,6 @@ async def _answer_later(answer: Answer, wait_seconds: float) -> Answer:
 
 
 def _limit_of(request: Request) -> int:
+    if request.verb == "batch":
+        return MAX_BATCH_BODY_BYTES
     return MAX_VALUE_BYTES if request.verb == "set" else _MAX_OTHER_BODY_BYTES

@@ -17,11 +17,14 @@ from aiokv.backends.base import Gauges
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-VERBS: Final = ("get", "set", "delete", "token", "other")
-"""What a request asks for; `record` takes the index. `other` is every other path."""
-GET, SET, DELETE, TOKEN, OTHER = range(len(VERBS))
+VERBS: Final = ("get", "set", "delete", "token", "other", "batch", "keys", "claims", "watch")
+"""What a request asks for; `record` takes the index. `other` is every other path, `keys` listings, counts and clears."""
+GET, SET, DELETE, TOKEN, OTHER, BATCH, KEYS, CLAIMS, WATCH = range(len(VERBS))
 
-_KNOWN_STATUSES = (200, 400, 401, 403, 404, 405, 408, 411, 413, 415, 417, 429, 431, 499, 500, 501, 503, 505, 507)
+BATCH_VERBS: Final = ("get", "set", "delete")
+"""What a batch does with its keys."""
+
+_KNOWN_STATUSES = (200, 400, 401, 403, 404, 405, 408, 409, 411, 413, 415, 417, 429, 431, 499, 500, 501, 503, 505, 507)
 STATUSES: Final = (*(str(status) for status in _KNOWN_STATUSES), "1xx", "2xx", "3xx", "4xx", "5xx")
 """How requests ended: statuses that the server answers with, then the classes of all others. 499: the client left first."""
 
@@ -41,6 +44,7 @@ Reason = Literal[
     "origin",
     "unauthorized",
     "forbidden",
+    "watches",
 ]
 REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
 """Why a connection or a request was refused."""
@@ -50,10 +54,11 @@ _STEPS = (1, 1.12, 1.25, 1.4, 1.6, 1.8, 2, 2.24, 2.5, 2.8, 3.15, 3.55, 4, 4.5, 5
 BOUNDS: Final = (*(float(f"{step}e{exponent}") for exponent in range(-6, 2) for step in _STEPS), 100.0)
 """Upper bounds of the buckets of durations, in seconds, from a microsecond on. One more bucket holds what took longer."""
 
-_PID, _STARTED, _STARTS, _DRAINING, _OPEN, _ACCEPTED, _WRONG_KEYS, _DROPPED_LINES = range(8)
+_PID, _STARTED, _STARTS, _DRAINING, _OPEN, _ACCEPTED, _WRONG_KEYS, _DROPPED_LINES, _WATCHES = range(9)
 _BACKEND = ("expired", "commits", "committed_writes", "failures")
-_BACKEND_START = _DROPPED_LINES + 1
-_REASONS_START = _BACKEND_START + len(_BACKEND)
+_BACKEND_START = _WATCHES + 1
+_BATCH_KEYS_START = _BACKEND_START + len(_BACKEND)
+_REASONS_START = _BATCH_KEYS_START + len(BATCH_VERBS)
 _VERBS_START = _REASONS_START + len(REASONS)
 # Of each verb: requests by status, requests by duration, then three sums.
 _BUCKETS = len(STATUSES)
@@ -64,7 +69,7 @@ _SLOTS_PER_VERB = _BYTES_OUT + 1
 _CACHE_LINE = 8
 _SLOTS = -(-(_VERBS_START + len(VERBS) * _SLOTS_PER_VERB) // _CACHE_LINE) * _CACHE_LINE
 _MOST_TALLIED = 4096
-_CLEARED_AT_START = (_DRAINING, _OPEN)
+_CLEARED_AT_START = (_DRAINING, _OPEN, _WATCHES)
 
 ROW_BYTES: Final = 8 * _SLOTS
 """The size of one worker's row."""
@@ -100,8 +105,12 @@ class Reading:
         self.dropped_lines = int(slots[_DROPPED_LINES])
         """Lines of the access log that could not be written."""
         self.expired, self.commits, self.committed_writes, self.failures = (
-            int(count) for count in slots[_BACKEND_START:_REASONS_START]
+            int(count) for count in slots[_BACKEND_START:_BATCH_KEYS_START]
         )
+        self.watches = int(slots[_WATCHES])
+        """Watches under way."""
+        self.batch_keys = {verb: int(slots[_BATCH_KEYS_START + index]) for index, verb in enumerate(BATCH_VERBS)}
+        """Keys in batches, by what was done with them."""
         self.refusals: dict[Reason, int] = {
             reason: int(count) for reason, count in zip(REASONS, slots[_REASONS_START:_VERBS_START], strict=True)
         }
@@ -215,7 +224,7 @@ class Statistics:
         """Gets that found a value."""
         self.stored = Tally(self._verbs[SET])
         """Sets that were stored."""
-        self._of_earlier_workers = own[_BACKEND_START:_REASONS_START].tolist()
+        self._of_earlier_workers = own[_BACKEND_START:_BATCH_KEYS_START].tolist()
 
     def record(self, verb: int, status: int, seconds: float, bytes_in: int, bytes_out: int) -> None:
         """Count one request that was answered.
@@ -265,6 +274,17 @@ class Statistics:
             count: How many.
         """
         self._row[_DROPPED_LINES] += count
+
+    def extensions(self, watches: int, batch_keys: Mapping[str, int]) -> None:
+        """Note what the extensions do; call it every few seconds.
+
+        Args:
+            watches: Watches under way.
+            batch_keys: Keys in batches since the last call, by verb.
+        """
+        self._row[_WATCHES] = watches
+        for verb, count in batch_keys.items():
+            self._row[_BATCH_KEYS_START + BATCH_VERBS.index(verb)] += count
 
     def drain(self) -> None:
         """Mark this worker as one that stops."""

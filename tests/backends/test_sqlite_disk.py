@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,22 +18,6 @@ from aiokv.backends.sqlite_maintenance import check
 MIB = 1024 * 1024
 VALUE = "x" * 100_000
 HOSTING = HostingOptions(min_free_bytes=2 * MIB, ballast_bytes=MIB)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 16 MiB, where that is allowed."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def free_bytes(folder: Path) -> int:

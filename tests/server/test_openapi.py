@@ -60,7 +60,9 @@ def test_every_reference_leads_somewhere(described: dict[str, Any]) -> None:
 
 def test_every_path_of_the_service_is_there_with_its_method(described: dict[str, Any]) -> None:
     expected = {(f"/{verb}/{{db_name}}/{{key}}", method.lower()) for verb, method in METHODS.items()}
-    expected |= {(TOKEN_PATH, "post")}
+    expected |= {(TOKEN_PATH, "post"), ("/batch/{db_name}", "post"), ("/keys/{db_name}", "get"), ("/keys/{db_name}", "delete")}
+    expected |= {("/count/{db_name}", "get"), ("/watch/{db_name}", "get")}
+    expected |= {("/claims/{db_name}/{key}", method) for method in ("put", "delete")}
     expected |= {(path, "get") for path in ("/livez", "/readyz", "/metrics", "/status", "/status.json", "/openapi.json")}
     assert set(operations(described)) == expected
 
@@ -75,7 +77,8 @@ def test_every_refusal_is_an_error_in_json(described: dict[str, Any]) -> None:
     for operation in operations(described).values():
         for status, response in operation["responses"].items():
             content = follow(described, response)["content"]
-            assert (content == {"application/json": {"schema": error}}) == (status != "200")
+            # A claim that another owner holds is no error.
+            assert (content == {"application/json": {"schema": error}}) == (status not in {"200", "409"})
     schema = described["components"]["schemas"]["Error"]
     assert schema["required"] == ["error"]
     assert schema["properties"]["error"]["type"] == "string"
@@ -104,6 +107,23 @@ def test_the_headers_of_a_refusal_are_declared(described: dict[str, Any], status
 
 def test_no_operation_declares_an_internal_error(described: dict[str, Any]) -> None:
     assert all("500" not in operation["responses"] for operation in operations(described).values())
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "more"),
+    [
+        ("/batch/{db_name}", "post", {413, 415, 507}),
+        ("/keys/{db_name}", "get", set[int]()),
+        ("/keys/{db_name}", "delete", set[int]()),
+        ("/count/{db_name}", "get", set[int]()),
+        ("/claims/{db_name}/{key}", "put", {409, 507}),
+        ("/claims/{db_name}/{key}", "delete", set[int]()),
+        ("/watch/{db_name}", "get", set[int]()),
+    ],
+)
+def test_the_statuses_of_an_extension_are_declared(described: dict[str, Any], path: str, method: str, more: set[int]) -> None:
+    responses = described["paths"][path][method]["responses"]
+    assert {int(status) for status in responses} == {200, 400, 401, 403, 405, 408, 429, 431, 501, 503, 505} | more
 
 
 def test_the_range_of_the_ttl_is_that_of_the_service(described: dict[str, Any]) -> None:

@@ -1,62 +1,57 @@
 """A store behind HTTP: fal's service, or `aiokv serve`."""
 
 import asyncio
+import contextlib
 import copy
 from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import NamedTuple, Self
+from typing import Self, cast
 
 from yarl import URL
 
-from aiokv.backends.http.availability import availability_of
-from aiokv.backends.http.credentials import choose_credentials, find_authorization, token_url
+from aiokv.backends.capabilities import MAX_BATCH_KEYS, Capabilities, ClaimOutcome, Page
+from aiokv.backends.http.batches import Batches
+from aiokv.backends.http.batching import GetGroups, Group, close_groups
+from aiokv.backends.http.calls import Call
+from aiokv.backends.http.extensions import unsupported
 from aiokv.backends.http.hedge import HedgePolicy, Hedger
 from aiokv.backends.http.options import Credentials, HttpOptions
-from aiokv.backends.http.retry import QUOTA_TOKENS, SUCCESS_TOKENS, RetryPolicy, quota_of, retry
-from aiokv.backends.http.tokens import Token, TokenSource, parse_token
-from aiokv.backends.http.transport import Answer, Timeouts, Transport
-from aiokv.errors import CallError, CallTimeoutError, ResponseError
-from aiokv.telemetry import TokenRenewed, detached
-from aiokv.wire import (
-    METHODS,
-    Verb,
-    check_done_body,
-    entry_path,
-    error_detail,
-    error_for_status,
-    parse_retry_after,
-    parse_value_body,
-    printable,
-    redact,
-    ttl_query,
+from aiokv.backends.http.retry import RetryPolicy
+from aiokv.backends.http.stream import Stream
+from aiokv.backends.http.transport import Answer, Request, Timeouts
+from aiokv.backends.http.watching import Watches
+from aiokv.backends.watching import Watch
+from aiokv.errors import CallError, RejectedError, ResponseError
+from aiokv.event_wire import EVENT_STREAM, LAST_EVENT_ID
+from aiokv.extension_wire import (
+    EXTENSIONS_HEADER,
+    MAX_EXTENSION_ANSWER_BYTES,
+    Listing,
+    claim_path,
+    count_path,
+    keys_path,
+    parse_claim,
+    parse_number,
+    parse_page,
+    parse_released,
+    watch_path,
 )
+from aiokv.wire import TRANSIENT_STATUSES
 
 _OK = 200
+_BAD_REQUEST = 400
 _UNAUTHORIZED = 401
-_FORBIDDEN = 403
-_NOT_FOUND = 404
+_CONFLICT = 409
+_SERVER_ERRORS = 500
 
 
-class _Call(NamedTuple):
-    """One get, set or delete: what is sent, and what its errors name."""
-
-    verb: Verb
-    db_name: str
-    key: str
-    url: URL
-    body: bytes | None = None
-    # No error may repeat it, though an answer may echo it.
-    value: str = ""
-
-
-class RemoteBackend:
+class RemoteBackend(Batches):
     """A client of the service's protocol over a pooled session; belongs to one event loop.
 
     Args:
         url: The service's address, `http(s)://host[:port][/prefix]`.
         credentials: `"<id>:<secret>"`, an object with `authorization`, or None for those of the environment.
         policy: Attempts, timeouts and waits.
-        options: The pooled session.
+        options: The pooled session, and whether gets travel together.
         sleep: Waits between attempts; `asyncio.sleep` but for tests.
         clock: Returns a monotonic time in seconds, for the life of tokens; None takes `aiokv.clock.monotonic`.
 
@@ -75,23 +70,14 @@ class RemoteBackend:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self._url = url
-        self._prefix = url.raw_path.rstrip("/")
-        self._host = url.authority
-        self._sleep = sleep
-        self._credentials = choose_credentials(url, credentials)
-        self._token_url = token_url(url)
-        self._tokens = TokenSource(clock) if self._credentials is not None else None
-        self._transport = Transport(options or HttpOptions())
-        self._loop = asyncio.get_running_loop()
-        self._quota = quota_of(self._host)
-        self._availability = availability_of(url)
-        # The last write of each entry, which the next one waits for.
-        self._last_writes: dict[tuple[str, str], asyncio.Future[None]] = {}
+        options = options or HttpOptions()
+        super().__init__(url, credentials=credentials, policy=policy, options=options, sleep=sleep, clock=clock)
         self._hedgers: dict[HedgePolicy, Hedger] = {}
-        self._hedger: Hedger | None = None
-        self._policy = policy or RetryPolicy()
-        self._timeouts = Timeouts(self._policy)
+        self._watches = Watches()
+        self._batches_gets = options.batching
+        # Those of the backends of `with_options`, too.
+        self._running_groups: set[Group] = set()
+        self._groups = GetGroups(self._running_groups)
 
     def with_options(self, policy: RetryPolicy, hedge: HedgePolicy | None) -> Self:
         """Return a backend with other options that shares this one's connections, token and order of writes.
@@ -105,24 +91,82 @@ class RemoteBackend:
         """
         other = copy.copy(self)
         hedger = None if hedge is None else self._hedgers.setdefault(hedge, Hedger(hedge))
-        other.__dict__.update(_policy=policy, _timeouts=Timeouts(policy), _hedger=hedger)
+        other.__dict__.update(
+            policy=policy, _timeouts=Timeouts(policy), _hedger=hedger, _groups=GetGroups(self._running_groups)
+        )
         return other
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What may be asked of the service beyond get, set and delete; the service may still lack it."""
+        return Capabilities() if self.is_fal else Capabilities(batch=self, scan=self, claim=self, watch=self)
 
     async def get(self, db_name: str, key: str) -> str | None:
         """Read a value; see `Backend.get`."""
-        return await self._run(self._call("get", db_name, key), self._loop.time())
+        if self.extensions.has_batch and self._batches_gets:
+            return await self._groups.get(self, db_name, key)
+        value: str | None = await self.run(self.entry_call("get", db_name, key), self.loop.time())
+        return value
 
     async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
         """Store a value; see `Backend.set`."""
-        await self._write(self._call("set", db_name, key, query=ttl_query(ttl_seconds), value=value))
+        await self.write(self.entry_call("set", db_name, key, value, ttl_seconds))
 
     async def delete(self, db_name: str, key: str) -> None:
         """Delete an entry; see `Backend.delete`."""
-        await self._write(self._call("delete", db_name, key))
+        await self.write(self.entry_call("delete", db_name, key))
+
+    @property
+    def scans_in_order(self) -> bool:
+        """Whether the last page of a listing was in the order of the code points; False before the first one."""
+        return self.extensions.scans_in_order
+
+    async def scan(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Page:
+        """List keys; see `ScanBackend.scan`."""
+        listing = Listing(prefix, cursor, limit)
+        call = self._extension_call("scan", db_name, prefix, keys_path(db_name, listing), "GET", "scan")
+        try:
+            answer = await self._ask(call._replace(parse=lambda body, *_: parse_page(body, listing)))
+        except RejectedError as error:
+            if cursor is None or error.status != _BAD_REQUEST:
+                raise
+            raise ValueError(f"cursor must be that of the page before, of the same store: {error.reason}") from error
+        page, self.extensions.scans_in_order = cast("tuple[Page, bool]", answer)
+        return page
+
+    async def count(self, db_name: str, prefix: str = "") -> int:
+        """Count entries; see `ScanBackend.count`."""
+        call = self._extension_call("count", db_name, prefix, count_path(db_name, prefix), "GET", "scan")
+        return cast("int", await self._ask(call._replace(parse=lambda body, *_: parse_number(body, "count"))))
+
+    async def clear(self, db_name: str, prefix: str = "", limit: int = MAX_BATCH_KEYS) -> int:
+        """Delete some entries; see `ScanBackend.clear`."""
+        path = keys_path(db_name, Listing(prefix, None, limit))
+        call = self._extension_call("clear", db_name, prefix, path, "DELETE", "scan")
+        return cast("int", await self._ask(call._replace(parse=lambda body, *_: parse_number(body, "deleted", limit))))
+
+    async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        """Take or renew a claim; see `ClaimBackend.claim`."""
+        path = claim_path(db_name, key, owner, seconds)
+        call = self._extension_call("claim", db_name, key, path, "PUT", "claims", owner)
+        call = call._replace(parse=lambda body, status, _: parse_claim(body, is_held=status == _OK), other_status=_CONFLICT)
+        return cast("ClaimOutcome", await self._ask(call))
+
+    async def release(self, db_name: str, key: str, owner: str) -> bool:
+        """Give a claim back; see `ClaimBackend.release`."""
+        path = claim_path(db_name, key, owner)
+        call = self._extension_call("release", db_name, key, path, "DELETE", "claims", owner)
+        return cast("bool", await self._ask(call._replace(parse=lambda body, *_: parse_released(body))))
+
+    def watch(self, db_name: str) -> Watch:
+        """Watch a namespace; see `WatchBackend.watch`."""
+        return self._watches.begin(self, db_name)
 
     async def aclose(self) -> None:
         """Close every connection; see `Backend.aclose`."""
         try:
+            await self._watches.aclose()
+            await close_groups(self._running_groups)
             if self._tokens is not None:
                 await self._tokens.aclose()
             for hedger in list(self._hedgers.values()):
@@ -131,228 +175,90 @@ class RemoteBackend:
             # Also where this task is cancelled: no other could close it.
             await self._transport.aclose()
 
-    def _call(
-        self, verb: Verb, db_name: str, key: str, *, query: dict[str, str] | None = None, value: str | None = None
-    ) -> _Call:
-        # Encoded here: yarl would drop "." segments and decode what it thinks safe.
-        url = self._url.with_path(self._prefix + entry_path(verb, db_name, key), encoded=True)
-        if value is None:
-            return _Call(verb, db_name, key, url)
-        return _Call(verb, db_name, key, url.with_query(query), value.encode(), value)
+    async def open_watch(self, db_name: str, last_event_id: str) -> Stream:
+        """Open a stream of the changes of a namespace; where its token is refused, renew that and ask once more.
 
-    async def _write(self, call: _Call) -> None:
-        """Write after the earlier write of the same entry has ended; otherwise the earlier one might land last."""
-        started = self._loop.time()
-        entry = (call.db_name, call.key)
-        previous = self._last_writes.get(entry)
-        ended = self._last_writes[entry] = self._loop.create_future()
+        Args:
+            db_name: The namespace.
+            last_event_id: The event after which it shall go on; "" for none.
+
+        Returns:
+            The stream.
+
+        Raises:
+            CallError: There is none; it is transient where there may be one later.
+        """
+        call = Call("watch", db_name, "", self.extension_url(watch_path(db_name)), "GET", write=False, extension="watch")
         try:
-            if previous is not None:
-                await self._wait_for(previous, call, started)
-            await self._run(call, started)
-        finally:
-            if previous is None or previous.done():
-                self._end_write(entry, ended)
-            else:
-                # We gave up, but the earlier write still runs: later writes must wait for it.
-                previous.add_done_callback(lambda _: self._end_write(entry, ended))
-
-    def _end_write(self, entry: tuple[str, str], ended: "asyncio.Future[None]") -> None:
-        ended.set_result(None)
-        if self._last_writes.get(entry) is ended:
-            del self._last_writes[entry]
-
-    async def _wait_for(self, previous: "asyncio.Future[None]", call: _Call, started: float) -> None:
-        await asyncio.wait([previous], timeout=self._policy.total_timeout)
-        if not previous.done():
-            raise CallTimeoutError(
-                "an earlier write of this key was under way until the deadline; nothing was sent",
-                verb=call.verb,
-                db_name=call.db_name,
-                key=call.key,
-                host=self._host,
-                elapsed=self._loop.time() - started,
-                transient=False,
-            )
-
-    async def _run(self, call: _Call, started: float) -> str | None:
-        """Send a call until it is answered, refused, or out of attempts or time; return the value of a get."""
-        deadline = started + self._policy.total_timeout
-        try:
-            try:
-                value = await self._attempt(call, deadline)
-            except CallError as error:
-                first_error = error
-            else:
-                if self._quota.tokens < QUOTA_TOKENS:
-                    self._quota.refund(SUCCESS_TOKENS)
-                return value
-            again = partial(self._attempt, call, deadline)
-            return await retry(first_error, again, self._policy, deadline, self._quota, self._sleep)
-        except CallError as error:
-            error.elapsed = self._loop.time() - started
-            raise
-
-    async def _attempt(self, call: _Call, deadline: float) -> str | None:
-        """Send a call once; where its token is refused, renew that and send the call once more."""
-        try:
+            if self.is_fal:
+                raise unsupported("watch")
+            deadline = self.loop.time() + self.policy.total_timeout
             header = self._tokens.current(self._exchange) if self._tokens is not None else None
-            if header is None and self._tokens is not None:
-                header = await self._new_header(deadline)
-            answer = await self._send(call, header, deadline)
-            if answer.status == _UNAUTHORIZED and header is not None:
-                header = await self._new_header(deadline, refused=header)
-                answer = await self._send(call, header, deadline)
-            if answer.status == _OK:
-                return self._parse_answer(call, answer, header)
-            if answer.status == _NOT_FOUND and call.verb == "get":
-                return None
-            raise self._refused_call(call, answer, header)
-        except CallError as error:
-            error.verb, error.db_name, error.key, error.host = call.verb, call.db_name, call.key, self._host
-            raise
-
-    async def _send(self, call: _Call, header: str | None, deadline: float) -> Answer:
-        headers = {} if header is None else {"Authorization": header}
-        if call.body is not None:
-            headers["Content-Type"] = "text/plain; charset=utf-8"
-        if self._hedger is None or call.verb != "get":
-            return await self._transport.request(
-                METHODS[call.verb], call.url, headers, call.body, self._timeouts, deadline, self._availability
-            )
-        send = partial(self._transport.request, "GET", call.url, headers, None, self._timeouts, deadline, self._availability)
-        return await self._hedger.first_of(send, is_good=_is_good, may_hedge=lambda: not self._transport.busy)
-
-    async def _new_header(self, deadline: float, refused: str | None = None) -> str | None:
-        if self._tokens is None:
-            return None
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await self._tokens.wait_for_token(self._exchange, refused)
-        except TimeoutError as error:
-            if isinstance(error, CallError):
-                raise
-            raise CallTimeoutError(
-                f"the token exchange at {self._token_url.authority} did not end before the deadline", transient=False
-            ) from error
-
-    async def _exchange(self) -> Token:
-        """Exchange the credentials for a token, and notify the observer of the call that needs it."""
-        observed = detached()
-        if observed is None:
-            return await self._exchange_unobserved()
-        started = self._loop.time()
-        try:
-            token = await self._exchange_unobserved()
-        except BaseException as error:
-            observed.notify(TokenRenewed(str(self._token_url), self._loop.time() - started, error))
-            raise
-        observed.notify(TokenRenewed(str(self._token_url), self._loop.time() - started, None))
-        return token
-
-    async def _exchange_unobserved(self) -> Token:
-        """Exchange the credentials for a token, with the retries of any call."""
-        if self._credentials is None:
-            raise AssertionError("a token source exists only where credentials do")
-        deadline = self._loop.time() + self._policy.total_timeout
-        try:
-            async with asyncio.timeout_at(deadline):
-                authorization, source = await find_authorization(self._credentials)
-        except TimeoutError as error:
-            raise CallTimeoutError(
-                f"the credentials were not found within {self._policy.total_timeout:g} s "
-                f"(`authorization` of {type(self._credentials).__name__})",
-                transient=False,
-            ) from error
-        headers = {"Authorization": authorization, "Content-Type": "application/json"}
-
-        host, secrets = availability_of(self._token_url), _secrets_of(authorization)
-
-        async def attempt() -> Token:
-            answer = await self._transport.request("POST", self._token_url, headers, b"{}", self._timeouts, deadline, host)
-            if answer.status != _OK:
-                raise _refused_exchange(answer, authorization, source)
-            return parse_token(answer, source, secrets)
-
-        quota = quota_of(self._token_url.authority)
-        try:
+            if header is None:
+                header = await self._header_for_watch(deadline)
+            stream = await self._open_stream(call, header, last_event_id)
+            if stream.status == _UNAUTHORIZED and header is not None:
+                stream.close()
+                header = await self._header_for_watch(deadline, refused=header)
+                stream = await self._open_stream(call, header, last_event_id)
             try:
-                token = await attempt()
-            except CallError as error:
-                first_error = error
-            else:
-                quota.refund(SUCCESS_TOKENS)
-                return token
-            return await retry(first_error, attempt, self._policy, deadline, quota, self._sleep)
+                await self._check_stream(call, stream, header)
+            except BaseException:
+                stream.close()
+                raise
         except CallError as error:
-            # Final for the call that waits for the token: the exchange has had its attempts, and the call was not sent.
-            error.reason = f"the token exchange at {self._token_url.authority} failed: {error.reason}"
-            error.transient = False
-            error.maybe_applied = False
+            error.verb, error.db_name, error.host = call.verb, db_name, self.host
+            raise
+        return stream
+
+    async def _header_for_watch(self, deadline: float, refused: str | None = None) -> str | None:
+        try:
+            return await self._new_header(deadline, refused)
+        except CallError as error:
+            # The exchange has had its attempts; a watch may ask again later, unless the credentials are wrong.
+            error.transient = error.status is None or error.status >= _SERVER_ERRORS or error.status in TRANSIENT_STATUSES
             raise
 
-    def _parse_answer(self, call: _Call, answer: Answer, header: str | None) -> str | None:
-        """Return the value of a get's 200; check the 200 of a write."""
-        write = call.verb != "get"
-        try:
-            if not write:
-                return parse_value_body(answer.body)
-            check_done_body(answer.body)
-        except ValueError as error:
-            reason = str(error)
-        else:
-            return None
-        # Not tried again: the next answer would be the same.
-        request_id = _request_id(answer, self._secrets(call, header))
-        raise ResponseError(reason, status=answer.status, request_id=request_id, maybe_applied=write)
+    async def _open_stream(self, call: Call, header: str | None, last_event_id: str) -> Stream:
+        headers = {"Accept": EVENT_STREAM} if header is None else {"Accept": EVENT_STREAM, "Authorization": header}
+        if last_event_id:
+            headers[LAST_EVENT_ID] = last_event_id
+        request = Request(call.method, call.url, headers, None, write=False)
+        return await self._transport.open_stream(request, self._timeouts, self._availability)
 
-    def _secrets(self, call: _Call, header: str | None) -> tuple[str, ...]:
-        """Return what an answer may echo, and no message may repeat."""
-        of_credentials = () if self._tokens is None else self._tokens.secrets
-        return (*_secrets_of(header), *of_credentials, call.value)
+    async def _check_stream(self, call: Call, stream: Stream, header: str | None) -> None:
+        answer = Answer(stream.status, stream.headers, b"")
+        self.extensions.learn(answer.headers.get(EXTENSIONS_HEADER))
+        self.extensions.check("watch", answer.status, write=False)
+        if answer.status != _OK:
+            with contextlib.suppress(CallError):
+                answer = answer._replace(body=await stream.read(self._timeouts.attempt_seconds))
+            raise self._refused_call(call, answer, header)
+        if answer.headers.get("Content-Type", "").partition(";")[0].strip().lower() != EVENT_STREAM:
+            raise ResponseError(f"the answer is no {EVENT_STREAM}", status=_OK)
 
-    def _refused_call(self, call: _Call, answer: Answer, header: str | None) -> CallError:
-        error = _error_of(answer, self._secrets(call, header), write=call.verb != "get")
-        if answer.status in {_UNAUTHORIZED, _FORBIDDEN}:
-            if header is None or self._tokens is None:
-                error.reason += "; no credentials were sent: pass credentials='<id>:<secret>' or set AIOKV_KEY"
-            else:
-                error.reason += (
-                    f"; the credentials ({self._tokens.source}) were exchanged for a token, and the service refused the call "
-                    "with it: check that they may use this store"
-                )
+    def _extension_call(  # noqa: PLR0913, PLR0917 (what a call is)
+        self, verb: str, db_name: str, key: str, path: str, method: str, extension: str, owner: str = ""
+    ) -> Call:
+        return Call(
+            verb,
+            db_name,
+            key,
+            self.extension_url(path),
+            method,
+            method != "GET",
+            # Who claims is a secret like a key.
+            values=(owner,) if owner else (),
+            extension=extension,
+            max_answer_bytes=MAX_EXTENSION_ANSWER_BYTES,
+        )
+
+    async def _ask(self, call: Call) -> object:
+        started = self.loop.time()
+        if self.is_fal:
+            raise self._named(unsupported(call.extension), call)
+        return await self.run(call, started)
+
+    def _named(self, error: CallError, call: Call) -> CallError:
+        error.verb, error.db_name, error.key, error.host = call.verb, call.db_name, call.key, self.host
         return error
-
-
-def _refused_exchange(answer: Answer, authorization: str, source: str) -> CallError:
-    error = _error_of(answer, _secrets_of(authorization), write=False)
-    if answer.status in {_UNAUTHORIZED, _FORBIDDEN}:
-        error.reason += f"; the credentials were refused: check {source}"
-    return error
-
-
-def _secrets_of(header: str | None) -> tuple[str, ...]:
-    # The header's second word is the token or the key, and a key's second half is the secret.
-    secret = (header or "").partition(" ")[2]
-    return (secret, secret.partition(":")[2])
-
-
-def _error_of(answer: Answer, secrets: tuple[str, ...], *, write: bool) -> CallError:
-    detail = error_detail(answer.body, secrets)
-    if answer.headers.get("Location"):
-        detail += "; redirects are not followed, name the final address"
-    error = error_for_status(
-        answer.status, detail, retry_after=parse_retry_after(answer.headers.get("Retry-After")), write=write
-    )
-    error.request_id = _request_id(answer, secrets)
-    return error
-
-
-def _is_good(answer: Answer) -> bool:
-    """Return whether a read's answer makes a second one needless."""
-    return answer.status in {_OK, _NOT_FOUND}
-
-
-def _request_id(answer: Answer, secrets: tuple[str, ...]) -> str | None:
-    request_id = answer.headers.get("X-Fal-Request-Id") or answer.headers.get("X-Request-Id")
-    return printable(redact(request_id, secrets)) if request_id else None

@@ -15,12 +15,16 @@ class HttpOptions(Record, kw_only=True):
         keepalive_seconds: How long an idle connection is kept; keep it below the server's or load balancer's own limit.
         dns_cache_seconds: How long a resolved address is kept.
         ca_file: A PEM file of the certificates to trust in place of the system's, as for a server with its own authority.
+        batching: Whether `get`s that are asked for in one turn of the event loop travel as one request, where the server takes
+            batches (`aiokv serve` does, fal's service does not). Each keeps its own deadline, cancellation and error. A get
+            that finds no other under way is sent at once.
     """
 
     pool_size: int = 100
     keepalive_seconds: float = 30.0
     dns_cache_seconds: int = 60
     ca_file: str | None = None
+    batching: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.pool_size, bool) or not isinstance(self.pool_size, int) or self.pool_size < 1:
@@ -29,6 +33,8 @@ class HttpOptions(Record, kw_only=True):
             raise ValueError(f"keepalive_seconds must be 0 or more, not {self.keepalive_seconds!r}")
         if self.dns_cache_seconds < 0:
             raise ValueError(f"dns_cache_seconds must be 0 or more, not {self.dns_cache_seconds!r}")
+        if not isinstance(self.batching, bool):
+            raise TypeError(f"batching must be bool, not {type(self.batching).__name__}")
 
 
 @runtime_checkable

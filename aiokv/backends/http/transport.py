@@ -17,6 +17,7 @@ from aiokv.backends.http.aiohttp_errors import map_error
 from aiokv.backends.http.availability import Availability
 from aiokv.backends.http.options import HttpOptions
 from aiokv.backends.http.retry import RetryPolicy, has_backoff
+from aiokv.backends.http.stream import Stream
 from aiokv.deadlines import Bound, SharedDeadline
 from aiokv.errors import (
     CallError,
@@ -36,6 +37,26 @@ _LEAST_ATTEMPT_SECONDS = 0.005
 # A shared deadline may be so much later than the call's own.
 _DEADLINE_SLACK_SECONDS = 0.001
 _MAX_DEADLINES = 64
+
+
+class Request(NamedTuple):
+    """A request.
+
+    Args:
+        method: The HTTP method.
+        url: The address, percent-encoded; a redirect is not followed.
+        headers: The headers.
+        body: The body.
+        write: Whether it changes something: once it is sent, a failure leaves its outcome unknown.
+        max_answer_bytes: The largest body of an answer with status 200.
+    """
+
+    method: str
+    url: URL
+    headers: Mapping[str, str]
+    body: bytes | None
+    write: bool
+    max_answer_bytes: int = MAX_ANSWER_BYTES
 
 
 class Answer(NamedTuple):
@@ -124,23 +145,11 @@ class Transport:
         """Whether a new request would have to wait for a connection."""
         return self._slots.locked()
 
-    async def request(  # noqa: PLR0913, PLR0917 (what a request is)
-        self,
-        method: str,
-        url: URL,
-        headers: Mapping[str, str] | None,
-        body: bytes | None,
-        timeouts: Timeouts,
-        deadline: float,
-        host: Availability,
-    ) -> Answer:
+    async def request(self, request: Request, timeouts: Timeouts, deadline: float, host: Availability) -> Answer:
         """Send a request once, as soon as its host takes connections.
 
         Args:
-            method: The HTTP method.
-            url: The address, percent-encoded; a redirect is not followed.
-            headers: The request's headers.
-            body: The request's body.
+            request: The request.
             timeouts: The limits of one attempt.
             deadline: The event loop's time by which the answer must have arrived.
             host: What is known of the host of the address.
@@ -153,7 +162,7 @@ class Transport:
             ConnectError: No connection could be made, and the host was waited for; `attempts` is 0 where none was tried.
             CallTimeoutError: The attempt's time or the deadline passed.
             TransportError: The connection broke.
-            ResponseError: The answer is not HTTP, or larger than any value can be.
+            ResponseError: The answer is not HTTP, or too large.
             StoreClosedError: The session was closed meanwhile.
         """
         refused: ConnectError | None = None
@@ -170,7 +179,7 @@ class Transport:
                 if must_wait and host.blocks(_ready_seconds(timeouts)):
                     # The host was lost meanwhile.
                     continue
-                answer = await self._send(method, url, headers, body, timeouts, deadline)
+                answer = await self._send(request, timeouts, deadline)
             except ConnectError as error:
                 error.attempts = 1
                 if not error.transient:
@@ -186,6 +195,49 @@ class Transport:
                 return answer
             finally:
                 self._slots.release()
+
+    async def open_stream(self, request: Request, timeouts: Timeouts, host: Availability) -> Stream:
+        """Send a request on a connection of its own, beside those of the pool, and wait for the head of the answer.
+
+        Args:
+            request: A request that changes nothing.
+            timeouts: The limits of one attempt.
+            host: What is known of the host of the address.
+
+        Returns:
+            The answer, whatever its status.
+
+        Raises:
+            CallError: There was none, as for `request`.
+        """
+        deadline = self._loop.time() + timeouts.attempt_seconds
+        if not host.is_open:
+            await self._wait_for_host(host, timeouts, deadline, None)
+        generation = host.generation
+        try:
+            async with self._timeout_at(deadline):
+                response = await self._session.request(
+                    request.method, request.url, headers=request.headers, allow_redirects=False, timeout=timeouts.of_session
+                )
+        except (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError) as error:
+            if self._session.closed:
+                raise StoreClosedError("the store was closed meanwhile") from error
+            if isinstance(error, RuntimeError):
+                raise
+            ours = map_error(error, timeouts.connect_seconds, write=False)
+            # aiohttp's error for an answer holds the request's headers, and with them the token: it is not chained.
+            cause = None if isinstance(error, aiohttp.ClientResponseError) else error
+        else:
+            if not host.is_well:
+                host.answered(generation)
+            return Stream(response, lambda: self._session.closed)
+        finally:
+            self._connector.unconnected.discard(asyncio.current_task())
+        if isinstance(ours, ConnectError) and ours.transient:
+            host.refused(ours.reason)
+        elif isinstance(ours, TransportError):
+            host.broke(generation)
+        raise ours from cause
 
     async def _wait_for_host(
         self, host: Availability, timeouts: Timeouts, deadline: float, refused: ConnectError | None
@@ -213,17 +265,8 @@ class Transport:
                 "raise pool_size, lower concurrency, or look for a slow server"
             ) from error
 
-    async def _send(  # noqa: PLR0913, PLR0917 (what a request is)
-        self,
-        method: str,
-        url: URL,
-        headers: Mapping[str, str] | None,
-        body: bytes | None,
-        timeouts: Timeouts,
-        deadline: float,
-    ) -> Answer:
-        # Anything but a GET may change something: once it is sent, a failure leaves its outcome unknown.
-        write = method != "GET"
+    async def _send(self, request: Request, timeouts: Timeouts, deadline: float) -> Answer:
+        method, url, headers, body, write, limit_bytes = request
         data = io.BytesIO(body) if body is not None and len(body) > _MAX_DIRECT_BODY_BYTES else body
         cause: Exception | None
         response: aiohttp.ClientResponse | None = None
@@ -234,12 +277,12 @@ class Transport:
                     response = await self._session.request(
                         method, url, data=data, headers=headers, allow_redirects=False, timeout=timeouts.of_session
                     )
-                    return Answer(response.status, response.headers, await _read(response))
+                    return Answer(response.status, response.headers, await _read(response, limit_bytes))
             async with self._timeout_at(deadline):
                 response = await self._session.request(
                     method, url, data=data, headers=headers, allow_redirects=False, timeout=timeouts.of_session
                 )
-                return Answer(response.status, response.headers, await _read(response))
+                return Answer(response.status, response.headers, await _read(response, limit_bytes))
         except CallError as error:
             error.maybe_applied = write
             raise
@@ -306,19 +349,20 @@ def _ready_seconds(timeouts: Timeouts) -> float:
     return timeouts.ready_seconds if is_patient.get() and has_backoff() else 0.0
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
+async def _read(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
     """Read the body; close a connection whose answer was not read to its end."""
     try:
-        return await _read_bounded(response)
+        return await _read_bounded(response, limit_bytes)
     except BaseException:
         response.close()
         raise
 
 
-async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
-    """Read an error's body up to 64 KiB, a value's up to what a value can be."""
+async def _read_bounded(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
+    """Read an error's body up to 64 KiB, another's up to what its call allows."""
     ok = response.status == _OK
-    limit_bytes = MAX_ANSWER_BYTES if ok else MAX_ERROR_BODY_BYTES
+    if not ok:
+        limit_bytes = MAX_ERROR_BODY_BYTES
     content = response.content
     body = await content.readany()
     if not content.at_eof():
@@ -330,7 +374,7 @@ async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
     if len(body) > limit_bytes:
         response.close()
         if ok:
-            raise ResponseError(f"the answer is larger than {limit_bytes:,} bytes, which no value can be")
+            raise ResponseError(f"the answer is larger than {limit_bytes:,} bytes, which no answer of this call can be")
         return body[:limit_bytes]
     response.release()
     return body

@@ -1,0 +1,88 @@
+"""Which extensions of the protocol a server has, as its answers say."""
+
+from aiokv.errors import CallError, UnsupportedError
+from aiokv.extension_wire import parse_extensions
+from aiokv.wire import TRANSIENT_STATUSES
+
+_OK = 200
+# Of a server that does not know the path, the method, or how to do it.
+_UNKNOWING_STATUSES = frozenset({404, 405, 501})
+# These say nothing of the extension: who asks and how often, and whether the server is well.
+_OTHER_STATUSES = frozenset({401, 403, 413}) | TRANSIENT_STATUSES
+_ABILITIES = {
+    "batch": "take many keys at once",
+    "scan": "list, count or clear its keys",
+    "claims": "hold claims",
+    "watch": "tell of changes",
+}
+
+
+class Extensions:
+    """What the answers of one server have said of its extensions.
+
+    Args:
+        is_trusted: Whether what they say counts: fal's hosts are never asked.
+
+    Attributes:
+        told: The header of the last answer, None where it had none; "" where there was no answer yet.
+        has_batch: Whether the server takes many keys at once.
+        scans_in_order: Whether its last page of keys was in order.
+    """
+
+    def __init__(self, *, is_trusted: bool = True) -> None:
+        self.told: str | None = ""
+        self.has_batch = False
+        self.scans_in_order = False
+        self._is_trusted = is_trusted
+        self._names: frozenset[str] = frozenset()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether an answer has come, or none is needed."""
+        return self.told != "" or not self._is_trusted
+
+    def learn(self, told: str | None) -> None:
+        """Take what an answer says.
+
+        Args:
+            told: Its header, or None: a server without extensions has taken the place of the other.
+        """
+        self.told = told
+        self._names = parse_extensions(told) if self._is_trusted else frozenset()
+        self.has_batch = "batch" in self._names
+
+    def check(self, extension: str, status: int, *, write: bool) -> None:
+        """Check that an answer to a call of an extension is of a server that has it.
+
+        Args:
+            extension: The extension's name in the header.
+            status: The status of the answer, whose header `learn` has taken.
+            write: Whether the call changes something.
+
+        Raises:
+            UnsupportedError: The server lacks it.
+        """
+        if status in _UNKNOWING_STATUSES:
+            self.learn(", ".join(self._names - {extension}))
+        elif extension in self._names or status in _OTHER_STATUSES:
+            return
+        raise unsupported(extension, status, maybe_applied=write and status == _OK)
+
+
+def unsupported(extension: str, status: int | None = None, *, maybe_applied: bool = False) -> CallError:
+    """Return the error of a call of an extension that a server lacks.
+
+    Args:
+        extension: The extension's name in the header.
+        status: The status of its answer, or None where it was not asked.
+        maybe_applied: Whether it may have done what it was asked for all the same.
+
+    Returns:
+        The error; it names stores that can.
+    """
+    return UnsupportedError(
+        f"this service cannot {_ABILITIES[extension]} (no {extension!r} in a header Aiokv-Extensions); "
+        "stores that can: `aiokv serve` of this version, sqlite:///, memory://, redis://",
+        status=status,
+        maybe_applied=maybe_applied,
+    )

@@ -1,0 +1,315 @@
+"""Every operation of every capability, in any order, against plain dictionaries."""
+
+import asyncio
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from backends_under_test import Opener, open_http_memory, open_http_sqlite, open_memory, open_sqlite
+from helpers import FakeClock
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from aiokv.backends.capabilities import Entry, KeyInfo, capabilities_of
+from aiokv.backends.watching import Alive, Changed, Lost, Watch
+from aiokv.limits import MAX_TTL_SECONDS, MIN_TTL_SECONDS
+
+# Few, so that steps meet; the contract's suites have the odd ones.
+names = st.sampled_from(["a", "é"])
+keys = st.sampled_from(["k", "k/1", "%", "%1", "_", "[k]", "😀", "😀1"])
+prefixes = st.sampled_from(["", "", "k", "%", "_", "😀"])
+values = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+ttls = st.sampled_from([MIN_TTL_SECONDS, MIN_TTL_SECONDS + 1, 3600, MAX_TTL_SECONDS])
+times = st.sampled_from([0.5, 1.0, 1.0, 59.0, 60.0, 61.0, 3600.0])
+limits = st.sampled_from([1, 2, 3, 1000])
+owners = st.sampled_from(["me", "you"])
+END = "end of what is compared"
+
+
+class Listing:
+    """A listing under way, and what it must and may still show."""
+
+    def __init__(self, db_name: str, prefix: str, staying: set[str]) -> None:
+        self.db_name, self.prefix = db_name, prefix
+        self.cursor: str | None = None
+        self.shown: Counter[str] = Counter()
+        self.staying = staying
+        self.set_anew: set[str] = set()
+        self.gone: set[str] = set()
+
+
+class BackendMachine(RuleBasedStateMachine):
+    """Hold a backend against dictionaries with expiry times, step by step."""
+
+    opener: ClassVar[Opener]
+    # Over a network the word that changes may be missing is always allowed.
+    may_lose: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = FakeClock()
+        self.model: dict[tuple[str, str], tuple[str, float]] = {}
+        self.claimed: dict[tuple[str, str], tuple[str, float]] = {}
+        self.listing: Listing | None = None
+        self.watch: Watch | None = None
+        self.watched = ""
+        # Each change that the watch must tell of, or may.
+        self.changes: list[tuple[Changed, bool]] = []
+        self.folder = tempfile.TemporaryDirectory()
+        self.runner = asyncio.Runner()
+        self.stack = contextlib.AsyncExitStack()
+        opening = self.stack.enter_async_context(type(self).opener(Path(self.folder.name), self.clock))
+        self.backend = self.runner.run(_run(opening))
+        self.can = capabilities_of(self.backend)
+        # Over HTTP a client learns from the first answer what its server has.
+        self.run(self.backend.get("a", "absent"))
+        self.can = capabilities_of(self.backend)
+        assert None not in self.can
+
+    def teardown(self) -> None:
+        if self.watch is not None:
+            self.run(self.watch.aclose())
+        self.run(self.stack.aclose())
+        self.runner.close()
+        self.folder.cleanup()
+
+    def run(self, awaitable: Awaitable[Any]) -> Any:
+        return self.runner.run(_run(awaitable))
+
+    def live(self, db_name: str, prefix: str = "") -> dict[str, tuple[str, float]]:
+        return {
+            key: entry
+            for (of, key), entry in self.model.items()
+            if of == db_name and key.startswith(prefix) and self.clock.now < entry[1]
+        }
+
+    def expected(self, db_name: str, key: str) -> str | None:
+        value, expires_at = self.model.get((db_name, key), ("", 0.0))
+        return value if self.clock.now < expires_at else None
+
+    def note_set(self, db_name: str, key: str, value: str, ttl: int) -> None:
+        listing = self.listing
+        if listing is not None and listing.db_name == db_name and key in listing.gone:
+            listing.set_anew.add(key)
+        self.model[db_name, key] = (value, self.clock.now + ttl)
+        if db_name == self.watched:
+            self.changes.append((Changed(key), True))
+
+    def note_delete(self, db_name: str, key: str) -> None:
+        was_live = self.expected(db_name, key) is not None
+        self.model.pop((db_name, key), None)
+        if db_name == self.watched:
+            self.changes.append((Changed(key, is_delete=True), was_live))
+        self.note_gone(db_name, key)
+
+    def note_gone(self, db_name: str, key: str) -> None:
+        if self.listing is not None and self.listing.db_name == db_name:
+            self.listing.staying.discard(key)
+            self.listing.gone.add(key)
+
+    @rule(db_name=names, key=keys, value=values, ttl=ttls)
+    def set(self, db_name: str, key: str, value: str, ttl: int) -> None:
+        self.run(self.backend.set(db_name, key, value, ttl))
+        self.note_set(db_name, key, value, ttl)
+
+    @rule(db_name=names, key=keys)
+    def get(self, db_name: str, key: str) -> None:
+        assert self.run(self.backend.get(db_name, key)) == self.expected(db_name, key)
+
+    @rule(db_name=names, key=keys)
+    def delete(self, db_name: str, key: str) -> None:
+        self.run(self.backend.delete(db_name, key))
+        self.note_delete(db_name, key)
+
+    @rule(seconds=times)
+    def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        for (db_name, key), (_, expires_at) in self.model.items():
+            if expires_at <= self.clock.now:
+                self.note_gone(db_name, key)
+
+    @rule(db_name=names, written=st.dictionaries(keys, values, max_size=8), ttl=ttls)
+    def set_together(self, db_name: str, written: dict[str, str], ttl: int) -> None:
+        async def run() -> None:
+            await asyncio.gather(*(self.backend.set(db_name, key, value, ttl) for key, value in written.items()))
+
+        self.run(run())
+        for key, value in written.items():
+            self.note_set(db_name, key, value, ttl)
+
+    @precondition(lambda self: self.model)
+    @rule()
+    def every_entry_is_as_the_model_has_it(self) -> None:
+        async def run() -> list[str | None]:
+            return [await self.backend.get(db_name, key) for db_name, key in self.model]
+
+        assert self.run(run()) == [self.expected(db_name, key) for db_name, key in self.model]
+
+    @precondition(lambda self: self.can.batch is not None)
+    @rule(db_name=names, entries=st.lists(st.builds(Entry, keys, values, ttls), min_size=1, max_size=8))
+    def set_many(self, db_name: str, entries: list[Entry]) -> None:
+        assert list(self.run(self.can.batch.set_many(db_name, entries))) == [None] * len(entries)
+        for key, value, ttl in {entry.key: entry for entry in entries}.values():
+            self.note_set(db_name, key, value, ttl)
+
+    @precondition(lambda self: self.can.batch is not None)
+    @rule(db_name=names, wanted=st.lists(keys, min_size=1, max_size=8))
+    def get_many(self, db_name: str, wanted: list[str]) -> None:
+        assert list(self.run(self.can.batch.get_many(db_name, wanted))) == [self.expected(db_name, key) for key in wanted]
+
+    @precondition(lambda self: self.can.batch is not None)
+    @rule(db_name=names, gone=st.lists(keys, min_size=1, max_size=8))
+    def delete_many(self, db_name: str, gone: list[str]) -> None:
+        assert list(self.run(self.can.batch.delete_many(db_name, gone))) == [None] * len(gone)
+        for key in dict.fromkeys(gone):
+            self.note_delete(db_name, key)
+
+    @precondition(lambda self: self.can.scan is not None)
+    @rule(db_name=names, prefix=prefixes, limit=limits)
+    def list_and_count(self, db_name: str, prefix: str, limit: int) -> None:
+        infos = self.run(self.listed(db_name, prefix, limit))
+        live = self.live(db_name, prefix)
+        assert sorted((info.key, info.value_bytes) for info in infos) == sorted(
+            (key, len(value.encode())) for key, (value, _) in live.items()
+        )
+        assert all(info.expires_at == pytest.approx(live[info.key][1], abs=0.01) for info in infos)
+        if self.can.scan.scans_in_order:
+            assert [info.key for info in infos] == sorted(live)
+        assert self.run(self.can.scan.count(db_name, prefix)) == len(live)
+
+    async def listed(self, db_name: str, prefix: str, limit: int) -> list[KeyInfo]:
+        infos: list[KeyInfo] = []
+        cursor: str | None = None
+        while True:
+            page = await self.can.scan.scan(db_name, prefix, cursor, limit)
+            assert len(page.infos) <= limit
+            infos += page.infos
+            if (cursor := page.cursor) is None:
+                return infos
+
+    @precondition(lambda self: self.can.scan is not None)
+    @rule(db_name=names, prefix=prefixes)
+    def begin_listing(self, db_name: str, prefix: str) -> None:
+        self.listing = Listing(db_name, prefix, {*self.live(db_name, prefix)})
+        self.go_on_listing(1)
+
+    @precondition(lambda self: self.listing is not None)
+    @rule(limit=limits)
+    def go_on_listing(self, limit: int) -> None:
+        listing = self.listing
+        assert listing is not None
+        page = self.run(self.can.scan.scan(listing.db_name, listing.prefix, listing.cursor, limit))
+        live = self.live(listing.db_name, listing.prefix)
+        listing.shown.update(info.key for info in page.infos)
+        assert {info.key for info in page.infos} <= {*live}
+        assert {key for key, count in listing.shown.items() if count > 1} <= listing.set_anew
+        listing.cursor = page.cursor
+        if page.cursor is None:
+            assert listing.staying <= {*listing.shown}
+            self.listing = None
+
+    @precondition(lambda self: self.can.scan is not None)
+    @rule(db_name=names, prefix=prefixes, limit=limits)
+    def clear(self, db_name: str, prefix: str, limit: int) -> None:
+        deleted = self.run(self.can.scan.clear(db_name, prefix, limit))
+        before = self.live(db_name, prefix)
+        left = {info.key for info in self.run(self.listed(db_name, prefix, 1000))}
+        assert left <= {*before}
+        assert len(before) - len(left) <= deleted <= limit
+        assert deleted == limit or not left
+        for of, key in list(self.model):
+            if of == db_name and key.startswith(prefix) and key not in left:
+                self.note_delete(db_name, key)
+
+    @precondition(lambda self: self.can.claim is not None)
+    @rule(db_name=names, key=keys, owner=owners, seconds=st.sampled_from([1.0, 1.5, 60.0, 3600.0]))
+    def claim(self, db_name: str, key: str, owner: str, seconds: float) -> None:
+        outcome = self.run(self.can.claim.claim(db_name, key, owner, seconds))
+        holder, until = self.claimed.get((db_name, key), ("", 0.0))
+        if holder != owner and self.clock.now < until:
+            assert not outcome.is_held
+        else:
+            assert outcome.is_held
+            until = self.clock.now + seconds
+            self.claimed[db_name, key] = (owner, until)
+        assert outcome.seconds_left == pytest.approx(until - self.clock.now, abs=0.01)
+
+    @precondition(lambda self: self.claimed)
+    @rule(data=st.data(), owner=owners)
+    def release(self, data: st.DataObject, owner: str) -> None:
+        name = data.draw(st.sampled_from(sorted(self.claimed)))
+        holder, until = self.claimed[name]
+        is_held = holder == owner and self.clock.now < until
+        assert self.run(self.can.claim.release(*name, owner)) == is_held
+        if is_held:
+            del self.claimed[name]
+
+    @precondition(lambda self: self.can.watch is not None and self.watch is None)
+    @rule(db_name=names)
+    def begin_to_watch(self, db_name: str) -> None:
+        async def begin() -> Watch:
+            watch: Watch = self.can.watch.watch(db_name)
+            async with asyncio.timeout(10):
+                assert await anext(watch) == Lost()
+            return watch
+
+        self.watch, self.watched, self.changes = self.run(begin()), db_name, []
+
+    @precondition(lambda self: self.watch is not None)
+    @rule()
+    def compare_what_is_told(self) -> None:
+        async def told_until_end(watch: Watch) -> list[Changed | Lost]:
+            events: list[Changed | Lost] = []
+            async with asyncio.timeout(10):
+                async for event in watch:
+                    if event == Changed(END):
+                        break
+                    if not isinstance(event, Alive):
+                        events.append(event)
+            return events
+
+        assert self.watch is not None
+        self.set(self.watched, END, "", MIN_TTL_SECONDS)
+        told = self.run(told_until_end(self.watch))
+        changes, self.changes = self.changes[:-1], []
+        if self.may_lose and Lost() in told:
+            return
+        for key in {change.key for change, _ in changes} | {event.key for event in told if isinstance(event, Changed)}:
+            of_key = [event for event in told if isinstance(event, Changed) and event.key == key]
+            for change, must_come in changes:
+                if change.key == key:
+                    if of_key[:1] == [change]:
+                        del of_key[0]
+                    else:
+                        assert not must_come, f"{change} is missing"
+            assert of_key == []
+        assert Lost() not in told
+
+    @precondition(lambda self: self.watch is not None)
+    @rule()
+    def end_the_watch(self) -> None:
+        self.run(self.watch.aclose())
+        self.watch, self.watched = None, ""
+
+
+async def _run(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _machine(opener: Opener, examples: int, *, may_lose: bool = False) -> Any:
+    attributes = {"opener": staticmethod(opener), "may_lose": may_lose}
+    case: Any = type("Machine", (BackendMachine,), attributes).TestCase
+    # A first run loads modules and opens sockets; that is no fault of the data.
+    case.settings = settings(max_examples=examples, stateful_step_count=50, suppress_health_check=list(HealthCheck))
+    return case
+
+
+TestMemoryAgainstAModel = _machine(open_memory, 25)
+TestSqliteAgainstAModel = _machine(open_sqlite, 10)
+TestHttpOverMemoryAgainstAModel = _machine(open_http_memory, 8, may_lose=True)
+TestHttpOverSqliteAgainstAModel = _machine(open_http_sqlite, 8, may_lose=True)

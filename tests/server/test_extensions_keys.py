@@ -1,0 +1,197 @@
+"""Listings, counts, clears and claims over a socket."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from extension_clients import ask, content
+from helpers import FakeClock
+from server_clients import connected, head, serving
+
+from aiokv.backends.memory import MemoryBackend
+from aiokv.backends.sqlite import SqliteBackend
+
+
+@pytest.fixture
+def backend(clock: FakeClock) -> MemoryBackend:
+    return MemoryBackend(clock)
+
+
+@pytest.fixture
+async def address(backend: MemoryBackend) -> AsyncGenerator[str]:
+    async with serving(backend) as address:
+        yield address
+
+
+async def listed(address: str, query: str = "") -> dict[str, Any]:
+    return content(await ask(address, head("GET", f"/keys/db{query}")))
+
+
+async def test_a_listing_names_keys_their_expiry_and_their_size(address: str, backend: MemoryBackend, clock: FakeClock) -> None:
+    await backend.set("db", "a", "ä", 60)
+    await backend.set("other", "b", "", 60)
+    assert await listed(address) == {
+        "keys": [{"key": "a", "expires_at": clock.now + 60, "value_bytes": 2}],
+        "next": None,
+        "ordered": backend.scans_in_order,
+    }
+    assert (await listed(address, "?prefix=b"))["keys"] == []
+
+
+async def test_pages_follow_one_another_until_all_keys_came_once(address: str, backend: MemoryBackend) -> None:
+    keys = {f"user:{index}" for index in range(25)}
+    for key in keys:
+        await backend.set("db", key, "v", 60)
+    await backend.set("db", "other", "v", 60)
+    found: list[str] = []
+    query, cursor = "?prefix=user%3A&limit=10", ""
+    for _ in range(10):
+        page = await listed(address, query + cursor)
+        found += [info["key"] for info in page["keys"]]
+        if page["next"] is None:
+            break
+        cursor = f"&after={quote(page['next'], safe='')}"
+    assert (len(found), set(found)) == (25, keys)
+
+
+HOSTILE = [
+    "a/b",
+    "%",
+    "_",
+    "*",
+    "[a-z]",
+    "?",
+    "a b",
+    "+",
+    "&limit=1",
+    "#",
+    "ä",
+    "\u202e",
+    "💥",
+    "\uffff",
+    "\U0010ffff",
+    "'--",
+    "\n",
+]
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+async def test_a_hostile_prefix_matches_itself_alone(address: str, backend: MemoryBackend, key: str) -> None:
+    for other in HOSTILE:
+        await backend.set("db", f"{other}key", "v", 60)
+    query = f"?prefix={quote(key, safe='')}"
+    assert [info["key"] for info in (await listed(address, query))["keys"]] == [f"{key}key"]
+    assert content(await ask(address, head("GET", f"/count/db{query}"))) == {"count": 1}
+    assert content(await ask(address, head("DELETE", f"/keys/db{query}"))) == {"deleted": 1}
+    assert await backend.get("db", f"{key}key") is None
+    assert await backend.count("db") == len(HOSTILE) - 1
+
+
+async def test_a_clear_goes_in_steps(address: str, backend: MemoryBackend) -> None:
+    for index in range(25):
+        await backend.set("db", str(index), "v", 60)
+    deleted = [content(await ask(address, head("DELETE", "/keys/db?limit=10"))) for _ in range(4)]
+    assert deleted == [{"deleted": 10}, {"deleted": 10}, {"deleted": 5}, {"deleted": 0}]
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("GET", "/keys/db?limit=0"),
+        ("GET", "/keys/db?limit=1001"),
+        ("GET", "/keys/db?after="),
+        ("GET", "/keys/db?after=foreign"),
+        ("GET", "/keys/db?after=0%3Aforeign"),
+        ("GET", "/keys/db?prefix=%00"),
+        ("GET", "/keys/db?prefix=%zz"),
+        ("GET", "/keys/db?prefix=%ff"),
+        ("GET", "/keys/db?prefix=a&prefix=b"),
+        ("GET", "/keys/a%2Fb"),
+        ("GET", "/count/db?limit=5"),
+        ("GET", "/count/db?after=a"),
+        ("DELETE", "/keys/db?prefx=a"),
+        ("DELETE", "/keys/db?after=a"),
+        ("DELETE", "/keys/.."),
+    ],
+)
+async def test_a_query_that_breaks_a_rule_is_refused_and_deletes_nothing(
+    address: str, backend: MemoryBackend, method: str, target: str
+) -> None:
+    await backend.set("db", "a", "v", 60)
+    answer = await ask(address, head(method, target))
+    assert answer.status == 400
+    assert answer.error()
+    assert await backend.count("db") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "allowed"),
+    [
+        ("PUT", "/keys/db", "GET, DELETE"),
+        ("DELETE", "/count/db", "GET"),
+        ("GET", "/claims/db/k", "PUT, DELETE"),
+        ("POST", "/watch/db", "GET"),
+    ],
+)
+async def test_another_method_is_refused(address: str, method: str, target: str, allowed: str) -> None:
+    answer = await ask(address, head(method, target))
+    assert (answer.status, answer.headers["allow"]) == (405, allowed)
+
+
+async def test_the_longest_keys_are_listed_with_the_longest_prefix(tmp_path: Any) -> None:
+    backend = SqliteBackend(tmp_path / "kv.db")
+    prefix = "p" * 7_900
+    async with serving(backend) as address:
+        for end in "abc":
+            await backend.set("db", f"{prefix}{end}", "v", 60)
+        found, cursor = [], ""
+        while len(found) < 3:
+            page = await listed(address, f"?prefix={prefix}&limit=1{cursor}")
+            found += [info["key"][-1] for info in page["keys"]]
+            cursor = f"&after={quote(page['next'] or '', safe='')}"
+    await backend.aclose()
+    assert found == ["a", "b", "c"]
+
+
+async def test_one_owner_holds_a_claim_until_it_is_released_or_ends(address: str, clock: FakeClock) -> None:
+    async with connected(address) as client:
+
+        async def claim(owner: str, seconds: str = "15") -> tuple[int, dict[str, Any]]:
+            answer = await client.ask(head("PUT", f"/claims/db/a%2Fjob?owner={owner}&seconds={seconds}"))
+            return answer.status, content(answer, answer.status)
+
+        async def release(owner: str) -> object:
+            return content(await client.ask(head("DELETE", f"/claims/db/a%2Fjob?owner={owner}")))["released"]
+
+        assert await claim("me") == (200, {"held": True, "seconds_left": 15.0})
+        assert await claim("you") == (409, {"held": False, "seconds_left": 15.0})
+        assert await release("you") is False
+        clock.advance(10)
+        assert await claim("me", "7.5") == (200, {"held": True, "seconds_left": 7.5})
+        assert await release("me") is True
+        assert await claim("you") == (200, {"held": True, "seconds_left": 15.0})
+        clock.advance(15)
+        assert await release("you") is False
+        assert (await claim("me"))[0] == 200
+        # A claim is no value.
+        assert (await client.ask(head("GET", "/get/db/a%2Fjob"))).status == 404
+        assert content(await client.ask(head("GET", "/count/db"))) == {"count": 0}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "",
+        "?owner=SECRET%20",
+        "?seconds=5",
+        "?owner=SECRET",
+        "?owner=SECRET&seconds=0.5",
+        "?owner=SECRET&seconds=3601",
+        "?owner=",
+    ],
+)
+async def test_a_claim_that_breaks_a_rule_is_refused_without_its_owner(address: str, query: str) -> None:
+    answer = await ask(address, head("PUT", f"/claims/db/job{query}"))
+    assert answer.status == 400
+    assert "SECRET" not in answer.error()
