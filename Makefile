@@ -21,7 +21,7 @@ help:
 	@echo "make test    run every test, and those of the cache and the store with eager tasks on Python $(EAGER_VERSIONS)"
 	@echo "make lint    check format, types and import directions"
 	@echo "make fix     apply what the formatter and the linter can fix"
-	@echo "make bench   measure: the client, durable sets, imports, the decorator and its correctness, stampedes, faults, the server"
+	@echo "make bench   measure: the client, durable sets, batches, imports, the decorator and its correctness, stampedes, faults, the server"
 
 $(DEMO_VENV)/.installed: pyproject.toml
 	@echo "Installing aiokv into $(DEMO_VENV) ..."
@@ -87,6 +87,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/stampede.py --plot stampede.png
 	$(BIN)/python benchmarks/faults.py --plot faults.png
+	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/server.py --plot server.png
 
 clean:

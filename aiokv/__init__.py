@@ -8,6 +8,8 @@ from aiokv.backends.http.hedge import HedgePolicy
 from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import RetryPolicy
 from aiokv.backends.watching import Changed, Lost
+from aiokv.changes import Changes
+from aiokv.claiming import Claim
 from aiokv.default_store import default_store, set_default_store
 from aiokv.errors import (
     AioKVError,
@@ -68,6 +70,8 @@ __all__ = [
     "CallStarted",
     "CallTimeoutError",
     "Changed",
+    "Changes",
+    "Claim",
     "Codec",
     "ConfigurationError",
     "ConnectError",

@@ -221,6 +221,9 @@ def _parse_entry(item: object, db_name: str) -> Entry:
     check_value(value)
     if ttl is None:
         raise ValueError("ttl must be a number of seconds; leave it out for 30 days")
+    if isinstance(ttl, float) and ttl.is_integer():
+        # In JSON 60.0 is a whole number, too.
+        return Entry(key, value, check_ttl(int(ttl)))
     return Entry(key, value, check_ttl(ttl))
 
 

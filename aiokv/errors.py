@@ -54,7 +54,7 @@ class CallError(AioKVError):
 
     Args:
         reason: The cause in one phrase, without a value, token or secret.
-        verb: `"get"`, `"set"` or `"delete"`; empty where the error is not of a single call.
+        verb: `"get"`, `"set"` or `"delete"`, or the name of another call; empty where the error is not of a single call.
         db_name: The store's namespace.
         key: The key, whole; the message shows at most 100 characters of it.
         host: Host and port of the service; empty for an embedded store.

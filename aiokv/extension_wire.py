@@ -38,7 +38,7 @@ _NAMES: Mapping[str, str] = {"batch": "batch", "scan": "scan", "claim": "claims"
 _MAX_HEADER_CHARS = 1_000
 _OWNER = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LIMIT = re.compile(r"[0-9]{1,4}")
-_SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,9})?")
+_SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,20})?")
 
 
 class Listing(NamedTuple):

@@ -83,6 +83,23 @@ def check_entries(db_name: str, keys: Iterable[str]) -> list[str]:
     return unique
 
 
+def check_prefix(db_name: str, prefix: str) -> None:
+    """Check what the keys of a listing begin with.
+
+    Args:
+        db_name: A checked namespace.
+        prefix: Any text without NUL, the empty one too.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It holds NUL or a lone surrogate, or is too long for a request line.
+    """
+    # Not as a key: `.` is the beginning of some.
+    if not isinstance(prefix, str) or prefix not in {"", ".", ".."}:
+        _check_name("prefix", prefix)
+    _check_fits("prefix", db_name + prefix)
+
+
 def check_value(value: str, name: str = "value") -> None:
     """Check a value.
 
@@ -126,6 +143,11 @@ def check_values(values: Mapping[str, str]) -> None:
         except ValueTooLargeError as error:
             error.key = key
             raise
+
+
+def size_bytes(text: str) -> int:
+    """Return the size of a checked text in bytes of UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def check_value_size(size_bytes: int, name: str = "value") -> None:

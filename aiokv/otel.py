@@ -33,6 +33,9 @@ _SCOPE = "aiokv"
 _MAX_SPAN_NAME_CHARS = 255
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
+_SYSTEMS = {"sqlite": "sqlite", "redis": "redis", "rediss": "redis", "valkey": "valkey", "valkeys": "valkey"}
+_OF_PREFIXES = {"keys", "count", "clear"}
+
 _Attributes = Mapping[str, str | int]
 
 
@@ -49,8 +52,9 @@ class OpenTelemetryObserver:
     Args:
         tracer_provider: The provider of the tracer; None takes the process's provider, even if that is set later.
         meter_provider: The provider of the meter; None takes the process's provider likewise.
-        include_keys: Whether spans hold keys, as `db.operation.parameter.key`. The status of a failed span then holds the
-            message of aiokv's error, which names the key.
+        include_keys: Whether spans hold keys, as `db.operation.parameter.key`, and prefixes of listings, likewise. The status
+            of a failed span then holds the message of aiokv's error, which names the key. Spans of batches hold the number of
+            keys alone, as `aiokv.keys`.
     """
 
     def __init__(
@@ -131,8 +135,12 @@ class OpenTelemetryObserver:
         if not span.get_span_context().is_valid:
             # The process has no tracer provider, or its provider drops this span altogether.
             return
-        if self._include_keys and span.is_recording():
-            span.set_attribute("db.operation.parameter.key", call.key)
+        if span.is_recording():
+            if call.verb.endswith("_many"):
+                # By the conventions one operation with many operands, as Redis's MGET, is no batch of operations.
+                span.set_attribute("aiokv.keys", call.keys)
+            elif self._include_keys:
+                span.set_attribute(f"db.operation.parameter.{'prefix' if call.verb in _OF_PREFIXES else 'key'}", call.key)
         # A span that is not sampled becomes the current one, too: then the spans below it are not sampled either.
         self._spans[call] = span, context.attach(trace.set_span_in_context(span))
 
@@ -152,6 +160,8 @@ class OpenTelemetryObserver:
             span.set_attributes(outcome)
             if event.found is not None:
                 span.set_attribute("aiokv.found", event.found)
+            if event.failed_keys:
+                span.set_attribute("aiokv.failed_keys", event.failed_keys)
             if "error.type" in outcome:
                 message = str(event.error) if self._include_keys and isinstance(event.error, AioKVError) else None
                 span.set_status(StatusCode.ERROR, message)
@@ -190,9 +200,8 @@ def _unpickle(kind: type[OpenTelemetryObserver], include_keys: bool) -> OpenTele
 @lru_cache(maxsize=1024)
 def _describe_operation(verb: str, db_name: str, url: str) -> _Attributes:
     """Return the attributes of a call's span and metrics; all are known before the call, so samplers can use them."""
-    # SQLite has a well-known name. A remote service may store its values in anything, and memory is no database:
-    # both are named after this package.
-    system = "sqlite" if urlsplit(url).scheme == "sqlite" else "aiokv"
+    # A remote service may store its values in anything, and memory is no database: both are named after this package.
+    system = _SYSTEMS.get(urlsplit(url).scheme.partition("+")[0], "aiokv")
     return MappingProxyType(
         {"db.system.name": system, "db.operation.name": verb, "db.namespace": db_name, **_describe_server(url)},
     )

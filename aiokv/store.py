@@ -1,42 +1,23 @@
 """`AsyncKVStore`: the store that users await, whatever holds its values."""
 
-import asyncio
-import contextlib
-import copy
-import weakref
-from asyncio import get_running_loop
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any
 
 import orjson
 
-from aiokv import pooling
-from aiokv.backends.base import Backend, check_backend
-from aiokv.backends.http.hedge import HedgePolicy
-from aiokv.backends.http.options import Credentials, HttpOptions
-from aiokv.backends.http.retry import RetryPolicy
-from aiokv.backends.observed import ObservedBackend
-from aiokv.backends.registry import (
-    canonical_url,
-    check_url,
-    open_backend,
-    preload,
-    redacted_url,
-    resolve_url,
-    with_client_options,
-)
-from aiokv.backends.scheme import ClientOptions, refuse_with_backend
-from aiokv.batch import call_each
-from aiokv.errors import AioKVError, DecodeError, truncated
-from aiokv.limits import check_db_name, check_entries, check_entry, check_ttl, check_value, check_values
-from aiokv.target import Target, TargetAttribute
-from aiokv.telemetry import Observer
-
-DEFAULT_CONCURRENCY = 32
+from aiokv.backends.capabilities import BatchBackend, ClaimBackend, Entry, KeyInfo, ScanBackend
+from aiokv.backends.watching import Watch
+from aiokv.batch import batches_of, batches_of_entries, call_each, send_batches
+from aiokv.changes import Changes
+from aiokv.claiming import DEFAULT_CLAIM_SECONDS, Claim, check_claim_seconds
+from aiokv.configured import ConfiguredStore
+from aiokv.errors import CallError, DecodeError, truncated
+from aiokv.limits import check_entries, check_entry, check_prefix, check_ttl, check_value, check_values
+from aiokv.listing import clear_keys, list_keys
 
 
-class AsyncKVStore:
+class AsyncKVStore(ConfiguredStore):
     """A key-value store of strings, every entry of which expires.
 
     Nothing is opened before the first call. One store may be used by many tasks, in several event loops and threads, and
@@ -59,118 +40,13 @@ class AsyncKVStore:
         hedge: For `http(s)` URLs: whether a `get` that is late is sent a second time, and when; `True` takes the defaults.
         observer: Any function of one argument, called with each event of each call, such as
             `aiokv.otel.OpenTelemetryObserver()`.
-        concurrency: How many calls a `*_many` method makes at once, 1 or more.
+        concurrency: How many calls a `*_many` method makes at once, 1 or more; of batches 4 at most.
 
     Raises:
         TypeError: An argument is of another type, or `backend` comes with an argument that is for URLs alone.
         ValueError: `db_name` or `concurrency` is not acceptable.
         ConfigurationError: `url` is not acceptable, or `credentials` is a text of another form.
     """
-
-    target = TargetAttribute()
-    """Which values this store means, as a hashable object: canonical URL, namespace and credentials.
-
-    Stores with equal targets are one store. It is computed at the first use and stays until the store is closed, whatever
-    becomes of the environment's `AIOKV_URL` and of the working directory meanwhile.
-    """
-
-    def __init__(  # noqa: PLR0913 (keywords, each with a default that serves)
-        self,
-        db_name: str,
-        *,
-        url: str | None = None,
-        backend: Backend | None = None,
-        credentials: str | Credentials | None = None,
-        retry: RetryPolicy | None = None,
-        http: HttpOptions | None = None,
-        hedge: bool | HedgePolicy = False,
-        observer: Observer | None = None,
-        concurrency: int = DEFAULT_CONCURRENCY,
-    ) -> None:
-        check_db_name(db_name)
-        if url is not None:
-            check_url(url)
-        if backend is not None:
-            check_backend(backend)
-            refuse_with_backend(url=url, credentials=credentials, retry=retry, http=http, hedge=hedge or None)
-        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
-            raise ValueError(f"concurrency must be an int of 1 or more, not {concurrency!r}")
-        _check_observer(observer)
-        self._db_name = db_name
-        self._url = url
-        self._backend = backend
-        self._client = ClientOptions.of_arguments(credentials, retry, http, hedge)
-        self._observer = observer
-        self._concurrency = concurrency
-        if backend is None:
-            preload(self.url)
-        self._binding: _Binding = _UNBOUND
-        self._target: Target | None = None
-        # For each store that this one was derived from, and last for itself: it and all that with_options derived from it.
-        self._derived: tuple[weakref.WeakSet[AsyncKVStore], ...] = (weakref.WeakSet([self]),)
-
-    @property
-    def db_name(self) -> str:
-        """The namespace."""
-        return self._db_name
-
-    @property
-    def url(self) -> str:
-        """Where values live, as this process would resolve it now; for a backend that was passed in, its type."""
-        return resolve_url(self._url) if self._backend is None else f"backend://{type(self._backend).__name__}"
-
-    def __repr__(self) -> str:
-        credentials = "" if self._client.credentials is None else ", credentials='***'"
-        return f"{type(self).__name__}({truncated(self._db_name)}, url={redacted_url(self.url)!r}{credentials})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in self.__dict__.items() if name not in {"target", "_target", "_binding", "_derived"}
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _binding=_UNBOUND, _target=None, _derived=(weakref.WeakSet([self]),))
-
-    async def __aenter__(self) -> Self:
-        await self._open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    def with_options(
-        self,
-        *,
-        timeout: float | timedelta | None = None,
-        retry: RetryPolicy | None = None,
-        hedge: bool | HedgePolicy | None = None,
-        observer: Observer | None = None,
-    ) -> Self:
-        """Return a store with other options that shares everything else, connections included: for a few calls.
-
-        Args:
-            timeout: How long a call may take in all, in seconds or as a `timedelta`; more than 0.
-            retry: As for the constructor; where `timeout` is given, too, that is its total.
-            hedge: As for the constructor; None leaves it as it is.
-            observer: As for the constructor; None leaves it as it is.
-
-        Returns:
-            The other store. It need not be closed: closing this one closes it, too.
-
-        Raises:
-            TypeError: An argument is of another type, or this store's backend was passed in and knows only `observer`.
-            ValueError: `timeout` is not acceptable.
-        """
-        _check_observer(observer)
-        if self._backend is not None:
-            refuse_with_backend(timeout=timeout, retry=retry, hedge=hedge)
-        client = self._client.derive(timeout, retry, hedge)
-        other = copy.copy(self)
-        other.__dict__.update(_client=client, _observer=self._observer if observer is None else observer)
-        other._target = self._target  # noqa: SLF001 (of this class)
-        pooling.join(other, self._derived)
-        other._derived = (*self._derived, weakref.WeakSet([other]))  # noqa: SLF001 (of this class)
-        return other
 
     async def get(self, key: str) -> str | None:
         """Read a value.
@@ -281,7 +157,7 @@ class AsyncKVStore:
         raise TypeError(f"value of type {type(value).__name__} cannot be encoded as JSON: {reason}")
 
     async def get_many(self, keys: Iterable[str]) -> dict[str, str | None]:
-        """Read several values at once; a repeated key is read once.
+        """Read several values at once, in batches where the store takes them; a repeated key is read once.
 
         Args:
             keys: Keys as for `get`.
@@ -292,12 +168,18 @@ class AsyncKVStore:
         Raises:
             TypeError: A key is not a string, or `keys` is one.
             ValueError: A key is not acceptable; nothing was sent.
-            BatchError: A call failed; it holds the results of the calls that succeeded.
+            BatchError: A key could not be read; it holds the values of the others that were read.
         """
-        return await call_each(check_entries(self._db_name, keys), self.get, self._concurrency)
+        names = check_entries(self._db_name, keys)
+        batch = await self._batch("get", names)
+        if batch is None:
+            return await call_each(names, self.get, self._concurrency)
+        return await send_batches("get", batches_of(names), lambda part: batch.get_many(self._db_name, part), self._concurrency)
 
     async def set_many(self, values: Mapping[str, str], ttl: int | timedelta | None = None) -> None:
-        """Store several values at once, each by a call of its own: there is no transaction.
+        """Store several values at once, in batches where the store takes them.
+
+        There is no transaction over all of them: up to 1,000 keys and 8 MiB travel as one batch.
 
         Args:
             values: Keys and values as for `set`.
@@ -306,16 +188,14 @@ class AsyncKVStore:
         Raises:
             TypeError: A key or a value is not a string.
             ValueError: A key, a value or the ttl is not acceptable; the message names the key, and nothing was sent.
-            BatchError: A call failed; it lists the keys that were stored, that failed and that were not attempted.
+            BatchError: A value could not be stored; it lists the keys that were stored, that failed and that were not
+                attempted.
         """
-        values = dict(values)
-        check_ttl(ttl)
-        keys = check_entries(self._db_name, values)
-        check_values(values)
-        await call_each(keys, lambda key: self.set(key, values[key], ttl), self._concurrency)
+        ttl_seconds = check_ttl(ttl)
+        await set_entries(self, [Entry(key, value, ttl_seconds) for key, value in dict(values).items()])
 
     async def delete_many(self, keys: Iterable[str]) -> None:
-        """Delete several entries at once; a repeated key is deleted once.
+        """Delete several entries at once, in batches where the store takes them; a repeated key is deleted once.
 
         Args:
             keys: Keys as for `get`.
@@ -323,68 +203,159 @@ class AsyncKVStore:
         Raises:
             TypeError: A key is not a string, or `keys` is one.
             ValueError: A key is not acceptable; nothing was sent.
-            BatchError: A call failed; it lists the keys that were deleted, that failed and that were not attempted.
+            BatchError: A key could not be deleted; it lists the keys that were deleted, that failed and that were not
+                attempted.
         """
-        await call_each(check_entries(self._db_name, keys), self.delete, self._concurrency)
+        names = check_entries(self._db_name, keys)
+        batch = await self._batch("delete", names)
+        if batch is None:
+            await call_each(names, self.delete, self._concurrency)
+        else:
+            await send_batches(
+                "delete", batches_of(names), lambda part: batch.delete_many(self._db_name, part), self._concurrency
+            )
 
-    async def aclose(self) -> None:
-        """Close the running loop's connections, this store's and those of the stores derived by `with_options`.
+    def keys(self, prefix: str = "") -> AsyncGenerator[KeyInfo]:
+        """List the keys of this namespace: `async for info in store.keys():`.
 
-        Safe to call twice. Connections stay open as long as another store shares them, and a backend that was passed in is
-        not closed. Where this was the last store, calls of other tasks that are under way finish or fail with
-        `StoreClosedError`.
+        What is there from the first step to the last comes exactly once; what is written meanwhile may come or not.
+
+        Args:
+            prefix: What the keys begin with: any text without NUL; "" for all.
+
+        Returns:
+            A `KeyInfo` for each entry, in the order of the keys where the store has one. To read it raises `UnsupportedError`
+            where the store cannot list, and `CallError` where it fails.
+
+        Raises:
+            TypeError: The prefix is not a string.
+            ValueError: The prefix is not acceptable; nothing was sent.
         """
-        try:
-            sharing_key = self._sharing_key(self.target)
-        except AioKVError:
-            # The environment names no place, so nothing of this store alone can be open.
-            sharing_key = None
-        await pooling.release(self._derived[-1], sharing_key)
+        check_prefix(self._db_name, prefix)
+        return list_keys(self._open_scan, self._db_name, prefix)
 
-    def _unbind(self) -> None:
-        self._binding = _UNBOUND
-        self._target = None
-        with contextlib.suppress(AttributeError):
-            object.__delattr__(self, "target")
+    async def count(self, prefix: str = "") -> int:
+        """Count the entries of this namespace.
 
-    def _backend_here(self) -> Backend | None:
-        loop, generation, backend = self._binding
-        return backend if loop is get_running_loop() and generation == pooling.fork_generation else None
+        Args:
+            prefix: As for `keys`.
 
-    async def _open(self) -> Backend:
-        backend, target = self._backend, self.target
+        Returns:
+            How many there are; while others write, about so many.
+
+        Raises:
+            TypeError: The prefix is not a string.
+            ValueError: The prefix is not acceptable; nothing was sent.
+            UnsupportedError: The store cannot list its keys.
+            CallError: They could not be counted.
+        """
+        check_prefix(self._db_name, prefix)
+        return await (await self._open_scan()).count(self._db_name, prefix)
+
+    async def clear(self, prefix: str = "") -> int:
+        """Delete all entries of this namespace, in steps; what others set meanwhile may stay.
+
+        Args:
+            prefix: As for `keys`; "" deletes every entry.
+
+        Returns:
+            How many were deleted; some of them may have expired before.
+
+        Raises:
+            TypeError: The prefix is not a string.
+            ValueError: The prefix is not acceptable; nothing was sent.
+            UnsupportedError: The store cannot list its keys; nothing was deleted.
+            CallError: A step failed; `maybe_applied` is true where some entries are gone, or may be.
+        """
+        check_prefix(self._db_name, prefix)
+        return await clear_keys(await self._open_scan(), self._db_name, prefix)
+
+    def watch(self) -> Changes:
+        """Watch this namespace: `async for change in store.watch():`.
+
+        First comes `Lost()`, once changes are being told of; then `Changed(key, is_delete)` for each set and delete, in the
+        order of the writes of a key, one's own too; and `Lost()` again wherever changes may be missing. Expiry is no change.
+        It ends when it or the store is closed; it raises `UnsupportedError` where the store cannot watch, and another
+        `CallError` where it cannot go on.
+
+        Returns:
+            The changes. `async with store.watch() as changes:` begins at once, and ends with the block.
+        """
+        return Changes(self, self._begin_watch)
+
+    def claim(self, key: str, seconds: float | timedelta = DEFAULT_CLAIM_SECONDS) -> Claim:
+        """Claim a key, so that at most one holder works on it: `async with store.claim("report") as claim:`.
+
+        The block runs in any case: look at `claim.is_held` first, and again before what only the holder may do. The claim is
+        renewed while the block runs, and released behind it. Claims are apart from values: nothing is stored under the key.
+        To enter the block raises `UnsupportedError` where the store knows no claims, and `CallError` where it fails.
+
+        Args:
+            key: As for `get`.
+            seconds: From 1 to 3,600: how long others wait where the holder dies.
+
+        Returns:
+            The claim, for `async with`.
+
+        Raises:
+            TypeError: An argument is of another type.
+            ValueError: An argument is not acceptable.
+        """
+        check_entry(self._db_name, key)
+        return Claim(self._open_claims, self._db_name, key, check_claim_seconds(seconds))
+
+    async def _batch(self, verb: str, keys: Sequence[str]) -> BatchBackend | None:
+        """Return the backend where keys go in batches: one alone does not, nor does a subclass that has its own calls."""
+        if len(keys) <= 1 or getattr(type(self), verb) is not getattr(AsyncKVStore, verb):
+            return None
+        return (await self._abilities()).batch
+
+    async def _open_scan(self) -> ScanBackend:
+        backend = (await self._abilities()).scan
         if backend is None:
-            sharing_key = self._sharing_key(target)
-            backend = await pooling.acquire(self, sharing_key, lambda: open_backend(target.url, self._client))
-            backend = with_client_options(backend, target.url, self._client)
-        if self._observer is not None:
-            backend = ObservedBackend(backend, self._observer, self.url)
-        self._binding = (get_running_loop(), pooling.fork_generation, backend)
+            raise self._unsupported("list its keys")
         return backend
 
-    def _find_target(self) -> Target:
-        # In one variable: another thread may unbind the store meanwhile.
-        target = self._target
-        if target is None:
-            url, backend, credentials = self.url, self._backend, None
-            if backend is None:
-                credentials = self._client.credentials if check_url(url).takes_credentials else None
-                url = canonical_url(url)
-            target = self._target = Target(url, self._db_name, credentials, backend)
-        return target
+    async def _open_claims(self) -> ClaimBackend:
+        backend = (await self._abilities()).claim
+        if backend is None:
+            raise self._unsupported("hold claims")
+        return backend
 
-    def _sharing_key(self, target: Target) -> Hashable:
-        pools = self._backend is None and check_url(target.url).with_client_options is not None
-        return (target.connection, self._client.http if pools else None)
+    async def _begin_watch(self) -> Watch:
+        backend = (await self._abilities()).watch
+        if backend is None:
+            raise self._unsupported("tell of changes")
+        return backend.watch(self._db_name)
 
 
-# The last loop that the store was used in, the fork generation and the backend there. One tuple, so that another thread never
-# sees half an update.
-_Binding = tuple[asyncio.AbstractEventLoop | None, int, Backend | None]
-_UNBOUND: _Binding = (None, 0, None)
-_NOT_PICKLED = {"target", "_target", "_binding", "_derived"}
+async def set_entries(store: AsyncKVStore, entries: Iterable[Entry]) -> None:
+    """Store entries, each with a time to live of its own; as `set_many` otherwise.
 
+    Args:
+        store: The store.
+        entries: The entries. Of two with one key the last one counts.
 
-def _check_observer(observer: Observer | None) -> None:
-    if observer is not None and not callable(observer):
-        raise TypeError(f"observer must be a function of one argument, not {type(observer).__name__}")
+    Raises:
+        TypeError: As for `set_many`.
+        ValueError: As for `set_many`.
+        BatchError: As for `set_many`.
+    """
+    by_key = {entry.key: entry for entry in entries}
+    for ttl_seconds in {entry.ttl_seconds for entry in by_key.values()}:
+        check_ttl(ttl_seconds)
+    keys = check_entries(store.db_name, by_key)
+    check_values({key: entry.value for key, entry in by_key.items()})
+    batch = await store._batch("set", keys)  # noqa: SLF001 (of the class above)
+    if batch is None:
+        await call_each(keys, lambda key: store.set(*by_key[key]), store._concurrency)  # noqa: SLF001 (likewise)
+        return
+    for key, entry in by_key.items():
+        if type(entry.value) is not str:
+            # As for `set`.
+            by_key[key] = entry._replace(value=str.__str__(entry.value))
+
+    def send(part: Sequence[str]) -> Awaitable[Sequence[CallError | None]]:
+        return batch.set_many(store.db_name, [by_key[key] for key in part])
+
+    await send_batches("set", batches_of_entries(by_key.values()), send, store._concurrency)  # noqa: SLF001 (likewise)

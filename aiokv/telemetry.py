@@ -5,6 +5,7 @@ A store without an observer does not use this module, so it pays nothing for it.
 
 import logging
 import time
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Literal, Protocol, Self
 
@@ -14,20 +15,29 @@ from aiokv.record import Record
 logger = logging.getLogger("aiokv")
 
 
+Verb = Literal["get", "set", "delete", "get_many", "set_many", "delete_many", "keys", "count", "clear", "claim", "release"]
+
+
 class CallStarted(Record):
-    """A get, set or delete begins. Later events of the call hold this one, which is equal to no other.
+    """A call begins. Later events of the call hold this one, which is equal to no other.
+
+    A batch of keys is one call, whatever the number of its keys; so are a page of a listing and a step of clearing. A claim is
+    a call each time that it is taken or renewed. Watches make no events.
 
     Args:
-        verb: `"get"`, `"set"` or `"delete"`.
+        verb: `"get"`, `"set"` or `"delete"`; `"get_many"`, `"set_many"` or `"delete_many"` for a batch; `"keys"`, `"count"`,
+            `"clear"`, `"claim"` or `"release"`.
         db_name: The namespace.
-        key: The whole key; `repr` cuts it at 100 characters.
+        key: The whole key, or the prefix of a listing; "" for a batch. `repr` cuts it at 100 characters.
         url: The store's URL.
+        keys: How many keys a batch has; 1 for every other call.
     """
 
-    verb: Literal["get", "set", "delete"]
+    verb: Verb
     db_name: str
     key: str
     url: str
+    keys: int = 1
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -36,7 +46,8 @@ class CallStarted(Record):
         return id(self)
 
     def __repr__(self) -> str:
-        return f"CallStarted({self.verb} {truncated(self.key)} in db {truncated(self.db_name)} at {self.url})"
+        what = f"{self.keys:,} keys" if self.verb.endswith("_many") else truncated(self.key)
+        return f"CallStarted({self.verb} {what} in db {truncated(self.db_name)} at {self.url})"
 
 
 class CallRetried(Record):
@@ -76,7 +87,9 @@ class CallEnded(Record):
         attempts: How often it was tried: 1 more than the number of retries.
         hedged: Whether it was sent a second time while the first request was under way.
         found: For a get that succeeded, whether a value was there; otherwise None.
-        error: Its error, which may be `asyncio.CancelledError`, or None where it succeeded.
+        error: Its error, which may be `asyncio.CancelledError`, or None where it succeeded. Where some keys of a batch failed,
+            the error of the first of these.
+        failed_keys: How many keys of a batch failed by themselves; 0 where the call failed as a whole.
     """
 
     call: CallStarted
@@ -85,6 +98,7 @@ class CallEnded(Record):
     hedged: bool
     found: bool | None
     error: BaseException | None
+    failed_keys: int = 0
 
 
 class TokenRenewed(Record):
@@ -122,9 +136,9 @@ class Observer(Protocol):
 
 
 class ObservedCall:
-    """A call with an observer: `with ObservedCall(...) as call: ...; call.found = ...`."""
+    """A call with an observer: `with ObservedCall(...) as call: ...; call.found = ...`, or `call.errors = ...` of a batch."""
 
-    __slots__ = ("_observer", "_outer", "_started_at", "attempts", "found", "hedged", "started")
+    __slots__ = ("_observer", "_outer", "_started_at", "attempts", "errors", "found", "hedged", "started")
 
     def __init__(self, observer: Observer, started: CallStarted) -> None:
         self._observer = observer
@@ -134,6 +148,8 @@ class ObservedCall:
         self.attempts = 1
         self.hedged = False
         self.found: bool | None = None
+        # Of keys of a batch.
+        self.errors: Sequence[BaseException] = ()
 
     def __enter__(self) -> Self:
         self.notify(self.started)
@@ -146,7 +162,9 @@ class ObservedCall:
         if _current.get() is self:
             _current.set(self._outer)
         elapsed_seconds = time.perf_counter() - self._started_at
-        self.notify(CallEnded(self.started, elapsed_seconds, self.attempts, self.hedged, self.found, error))
+        if error is None and self.errors:
+            error = self.errors[0]
+        self.notify(CallEnded(self.started, elapsed_seconds, self.attempts, self.hedged, self.found, error, len(self.errors)))
 
     def notify(self, event: Event) -> None:
         """Send an event to the observer; log its failure, and keep the calls that it makes apart from this one.

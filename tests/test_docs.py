@@ -38,6 +38,19 @@ def test_first_code_of_the_readme_prints_what_its_comments_say(tmp_path: Path) -
     assert run(["-c", BLOCKS[0]], tmp_path) == "3 °C, rain\n{'oslo': '3 °C, rain', 'bergen': None}\n"
 
 
+@pytest.mark.parametrize(
+    ("part", "output"),
+    [
+        ("store.keys(", r"user:1 \d+\.?\d* 1\nuser:2 \d+\.?\d* 1\n3 2 1\n"),
+        ("store.watch()", r"\{'dark-mode': 'on'\}\n"),
+        ("store.set_many(", ""),
+    ],
+)
+def test_code_of_the_readme_prints_what_it_says(tmp_path: Path, part: str, output: str) -> None:
+    block = next(block for block in BLOCKS if part in block)
+    assert re.fullmatch(output, run(["-c", block], tmp_path))
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(tmp_path: Path, name: str) -> None:
     output = run([str(REPOSITORY / "examples" / name)], tmp_path)
@@ -80,13 +93,24 @@ def test_policy_of_the_readme_is_that_of_the_code() -> None:
             ],
             r"(?s)20 % resets +aiokv +20 .*, 0 retries refused.* attempts to connect.* aim: p99",
         ),
+        (
+            [
+                *("batches.py", "--only", "at once", "bulk", "--rounds", "1", "--calls", "640", "--keys", "2000"),
+                *("--folder", "{home}", "--json", "{home}/batches.json"),
+            ],
+            r"(?s)64 gets at once: .* aim: .*Keys in bulk: .* aim: .*json: ",
+        ),
     ],
-    ids=["decorator", "outage", "stampede", "faults"],
+    ids=["decorator", "outage", "stampede", "faults", "batches"],
 )
 @pytest.mark.slow
 def test_benchmark_that_may_miss_its_aim_runs(tmp_path: Path, arguments: list[str], words: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "benchmarks" / arguments[0]), *arguments[1:]],
+        [
+            sys.executable,
+            str(REPOSITORY / "benchmarks" / arguments[0]),
+            *(word.format(home=tmp_path) for word in arguments[1:]),
+        ],
         capture_output=True,
         text=True,
         env=clean_environment(tmp_path),

@@ -201,6 +201,10 @@ def test_a_malformed_batch_is_refused_without_a_value_in_the_message(body: bytes
         error = error.__cause__ or error.__context__
 
 
+def test_a_ttl_may_be_written_with_a_point() -> None:
+    assert parse_batch(b'{"set": [{"key": "a", "value": "b", "ttl": 60.0}]}', "db").entries == [Entry("a", "b", 60)]
+
+
 def test_the_index_of_a_wrong_entry_is_named() -> None:
     with pytest.raises(ValueError, match=r"^set\[1\]: ttl must be from 60"):
         parse_batch(b'{"set": [{"key": "a", "value": "b"}, {"key": "c", "value": "d", "ttl": 1}]}', "db")

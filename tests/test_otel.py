@@ -8,7 +8,7 @@ import logging
 import pickle
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ from opentelemetry.semconv.metrics.db_metrics import DB_CLIENT_OPERATION_DURATIO
 from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode
 from yarl import URL
 
-from aiokv import AsyncKVStore, CacheEvent, kv_cached
+from aiokv import AsyncKVStore, BatchError, CacheEvent, kv_cached
 from aiokv.backends.base import Backend
 from aiokv.backends.http.backend import RemoteBackend
 from aiokv.backends.memory import MemoryBackend
@@ -489,3 +489,66 @@ def test_module_without_its_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ImportError, match=r"pip install 'aiokv\[otel\]'"):
         importlib.import_module("aiokv.otel")
+
+
+@pytest.mark.parametrize("include_keys", [False, True])
+async def test_calls_of_many_keys_listings_and_claims_have_spans_and_durations(*, include_keys: bool) -> None:
+    watch = Watch(include_keys=include_keys)
+    store = AsyncKVStore("db", backend=MemoryBackend(), observer=watch.observer)
+    await store.set_many({KEY: VALUE, f"{KEY}-2": VALUE})
+    await store.get_many([KEY, f"{KEY}-2"])
+    listing = store.keys("customer")
+    assert len([info async for info in listing]) == 2
+    await store.count()
+    await store.clear()
+    async with store.claim(KEY):
+        pass
+    own = {DB_SYSTEM_NAME, DB_NAMESPACE}
+    attributes = [{name: value for name, value in (span.attributes or {}).items() if name not in own} for span in watch.spans()]
+    parameters = {"db.operation.parameter.key": KEY} if include_keys else {}
+    prefix = {"db.operation.parameter.prefix": "customer"} if include_keys else {}
+    empty = {"db.operation.parameter.prefix": ""} if include_keys else {}
+    assert attributes == [
+        # One operation with many operands is no batch of operations, so it bears no `db.operation.batch.size`.
+        {DB_OPERATION_NAME: "set_many", "aiokv.keys": 2},
+        {DB_OPERATION_NAME: "get_many", "aiokv.keys": 2},
+        {DB_OPERATION_NAME: "keys", **prefix},
+        {DB_OPERATION_NAME: "count", **empty},
+        {DB_OPERATION_NAME: "clear", **empty},
+        {DB_OPERATION_NAME: "claim", **parameters},
+        {DB_OPERATION_NAME: "release", **parameters},
+    ]
+    assert [span.name for span in watch.spans()][:3] == ["set_many db", "get_many db", "keys db"]
+    verbs = {point.attributes[DB_OPERATION_NAME] for point in watch.points(DB_CLIENT_OPERATION_DURATION)}
+    assert verbs == {"set_many", "get_many", "keys", "count", "clear", "claim", "release"}
+    assert VALUE not in watch.everything()
+    assert (KEY in watch.everything()) is include_keys
+
+
+async def test_batch_of_which_some_keys_fail_is_a_failure_with_their_number(watch: Watch) -> None:
+    class Half(MemoryBackend):
+        async def delete_many(self, db_name: str, keys: Sequence[str]) -> Any:  # noqa: ARG002 (a backend's)
+            return [error_to_meet() if key != "a" else None for key in keys]
+
+    with contextlib.suppress(BatchError):
+        await AsyncKVStore("db", backend=Half(), observer=watch.observer).delete_many(["a", "b", "c"])
+    span = watch.span()
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.attributes is not None
+    assert (span.attributes["aiokv.keys"], span.attributes["aiokv.failed_keys"]) == (3, 2)
+    assert span.attributes[ERROR_TYPE] == "aiokv.errors.TransportError"
+    (point,) = watch.points(DB_CLIENT_OPERATION_DURATION)
+    assert point.attributes[ERROR_TYPE] == "aiokv.errors.TransportError"
+    assert "aiokv.keys" not in point.attributes
+
+
+async def test_page_that_is_read_ahead_is_a_child_of_the_programs_span(watch: Watch) -> None:
+    store = AsyncKVStore("db", backend=MemoryBackend(), observer=watch.observer)
+    await store.set_many({f"k{i}": VALUE for i in range(1_500)})
+    with watch.tracer.start_as_current_span("the program's") as outer:
+        listing = store.keys()
+        assert len([info async for info in listing]) == 1_500
+        assert trace.get_current_span() is outer
+    parents = [span.parent.span_id for span in watch.spans() if span.name == "keys db" and span.parent is not None]
+    assert parents == [outer.get_span_context().span_id] * 2
+    assert not watch.observer._spans

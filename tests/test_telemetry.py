@@ -3,15 +3,17 @@
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 from aiohttp import web
 from helpers import FakeClock, no_wait
 from yarl import URL
 
-from aiokv import AsyncKVStore, HedgePolicy, RetryPolicy
+from aiokv import AsyncKVStore, BatchError, HedgePolicy, Lost, RetryPolicy
+from aiokv.backends.capabilities import ClaimOutcome, Entry
 from aiokv.backends.http.backend import RemoteBackend
 from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.observed import ObservedBackend
@@ -113,8 +115,9 @@ async def test_store_tells_its_own_calls_alone_though_it_shares_a_backend() -> N
     assert await watched.get("key") == VALUE
     await other.get("key")
     assert kinds(events) == ["CallStarted", "CallEnded"]
+    # A batch is one call.
     await watched.get_many(["key", "none"])
-    assert kinds(events).count("CallEnded") == 3
+    assert kinds(events).count("CallEnded") == 2
 
 
 async def test_store_without_an_observer_makes_no_call_that_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,3 +429,102 @@ async def test_observer_of_a_cancelled_wait_is_told_of_the_attempts_that_were_ma
     ended = events[-1]
     assert isinstance(ended, CallEnded)
     assert (ended.attempts, len(recorded.requests)) == (1, 1)
+
+
+async def test_batch_is_one_call_that_bears_the_number_of_its_keys_and_none_of_them() -> None:
+    events: list[Event] = []
+    store = AsyncKVStore("db", backend=MemoryBackend(), observer=events.append)
+    values = {f"{KEY}-{i}": VALUE for i in range(1_500)}
+    await store.set_many(values)
+    await store.get_many(values)
+    await store.delete_many(values)
+    starts = [event for event in events if isinstance(event, CallStarted)]
+    assert [(start.verb, start.key, start.keys) for start in starts] == [
+        (verb, "", keys) for verb in ("set_many", "get_many", "delete_many") for keys in (1_000, 500)
+    ]
+    assert [(end.found, end.error, end.failed_keys) for end in events if isinstance(end, CallEnded)] == [(None, None, 0)] * 6
+    assert repr(events[0]) == "CallStarted(set_many 1,000 keys in db 'db' at backend://MemoryBackend)"
+    assert KEY not in repr(events)
+    assert VALUE not in repr(events)
+
+
+async def test_batch_of_which_some_keys_fail_ends_with_the_first_error_and_their_number() -> None:
+    class Half(MemoryBackend):
+        async def set_many(self, db_name: str, entries: Sequence[Entry]) -> Any:
+            await super().set_many(db_name, entries)
+            return [errors.get(entry.key) for entry in entries]
+
+    errors = {"b": UnavailableError("broken"), "c": RejectedError("refused")}
+    events: list[Event] = []
+    with suppress(BatchError):
+        await AsyncKVStore("db", backend=Half(), observer=events.append).set_many(dict.fromkeys("abc", VALUE))
+    assert (ended(events).error, ended(events).failed_keys) == (errors["b"], 2)
+
+
+async def test_batch_that_fails_as_a_whole_ends_with_its_error() -> None:
+    class Broken(MemoryBackend):
+        async def get_many(self, db_name: str, keys: Sequence[str]) -> Any:  # noqa: ARG002 (a backend's)
+            raise error
+
+    error = UnavailableError("broken")
+    events: list[Event] = []
+    with suppress(BatchError):
+        await AsyncKVStore("db", backend=Broken(), observer=events.append).get_many(["a", "b"])
+    assert (ended(events).error, ended(events).failed_keys) == (error, 0)
+
+
+async def test_pages_counts_steps_and_claims_are_calls_and_owners_are_told_to_nobody() -> None:
+    owners: list[str] = []
+
+    class Claims(MemoryBackend):
+        async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+            owners.append(owner)
+            return await super().claim(db_name, key, owner, seconds)
+
+    events: list[Event] = []
+    store = AsyncKVStore("db", backend=Claims(), observer=events.append)
+    await store.set_many({f"k{i}": VALUE for i in range(1_500)})
+    events.clear()
+    listing = store.keys("k")
+    assert len([info async for info in listing]) == 1_500
+    await store.count("k1")
+    await store.clear()
+    async with store.claim(KEY):
+        pass
+    async with store.watch() as changes:
+        assert await anext(changes) == Lost()
+    starts = [event for event in events if isinstance(event, CallStarted)]
+    assert [(start.verb, start.key, start.keys) for start in starts] == [
+        *[("keys", "k", 1)] * 2,
+        ("count", "k1", 1),
+        *[("clear", "", 1)] * 2,
+        ("claim", KEY, 1),
+        ("release", KEY, 1),
+    ]
+    assert kinds(events).count("CallEnded") == len(starts)
+    assert owners
+    assert owners[0] not in repr(events)
+
+
+async def test_retries_of_a_batch_are_told_as_those_of_its_call() -> None:
+    answers = [503, 200]
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        headers = {"Aiokv-Extensions": "batch"}
+        if request.method == "GET":
+            return web.json_response({"value": VALUE}, headers=headers)
+        status = answers.pop(0)
+        body = {"values": [VALUE, VALUE]} if status == 200 else {"error": "later"}
+        return web.json_response(body, status=status, headers=headers)
+
+    events: list[Event] = []
+    async with ScriptedService(handler=answer) as recorded:
+        remote = RemoteBackend(URL(recorded.url), sleep=no_wait)
+        try:
+            await remote.get("db", "first")
+            store = AsyncKVStore("db", backend=remote, observer=events.append)
+            assert await store.get_many(["a", "b"]) == {"a": VALUE, "b": VALUE}
+        finally:
+            await remote.aclose()
+    assert kinds(events) == ["CallStarted", "CallRetried", "CallEnded"]
+    assert ended(events).attempts == 2

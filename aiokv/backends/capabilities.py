@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
+from aiokv.backends.base import Backend
 from aiokv.backends.watching import Watch
 from aiokv.errors import CallError
 
@@ -282,6 +283,9 @@ _METHODS: dict[str, tuple[str, ...]] = {
 def capabilities_of(backend: object) -> Capabilities:
     """Find what a backend can do beyond `Backend`.
 
+    A class that overrides `get`, `set` or `delete` of the class that its batches come from has no batches, since those would
+    go past its own methods.
+
     Args:
         backend: Any backend. One that wraps another names what the other has by an attribute `capabilities`.
 
@@ -295,4 +299,17 @@ def capabilities_of(backend: object) -> Capabilities:
     found: dict[str, Any] = {
         name: backend for name, methods in _METHODS.items() if all(hasattr(kind, method) for method in methods)
     }
+    if "batch" in found and any(_is_overridden(kind, *pair) for pair in _BATCH_OF.items()):
+        del found["batch"]
     return Capabilities(**found)
+
+
+_BATCH_OF = {"get": "get_many", "set": "set_many", "delete": "delete_many"}
+
+
+def _is_overridden(kind: type, method: str, batch: str) -> bool:
+    """Return whether a class has another method than the one beside which the batches that it inherits were written."""
+    owner = next((base for base in kind.__mro__ if batch in vars(base)), kind)
+    beside = getattr(owner, method, None)
+    # A class that has batches alone is meant for any methods.
+    return beside not in {None, getattr(Backend, method), getattr(kind, method, None)}

@@ -246,14 +246,15 @@ class SqliteBackend:
 
     async def aclose(self) -> None:
         """Commit the queue and close the file; see `Backend.aclose`."""
-        if self._watcher is not None:
-            await self._watcher.aclose()
         self._closed = True
         self._cursor = None
+        watching = None if self._watcher is None else self._watcher.close()
         if self._writer is not None:
             self._writer.stop()
             # Shielded: a cancelled caller does not disturb the others that wait for the end.
             await asyncio.shield(self._writer.ended)
+        if watching is not None:
+            await asyncio.wait([watching])
 
     def usage(self, account: str) -> Usage:
         """Count what an account stores; see `HostedBackend.usage`."""

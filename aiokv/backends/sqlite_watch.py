@@ -128,13 +128,18 @@ class Watcher:
             self._register()
         return watch
 
-    async def aclose(self) -> None:
-        """End all watches."""
+    def close(self) -> asyncio.Task[None] | None:
+        """End all watches.
+
+        Returns:
+            The task, which ends soon; None where there is none.
+        """
         for _, watch, _ in self._all():
             watch.close()
+        self._identity = None
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait([self._task])
+        return self._task
 
     async def _run(self) -> None:
         self._registered.clear()

@@ -1,4 +1,4 @@
-"""One store as one event loop sees it: is it well, how long to wait for it, in which order writes land, who computes.
+"""One store as one event loop sees it: is it well, how long to wait for it, in which order writes land.
 
 All cached functions of a loop that use one target share a `StoreAccess`. What belongs to a function is not here.
 """
@@ -15,14 +15,14 @@ from functools import partial
 from typing import Any, Final
 
 from aiokv.backends.base import is_patient
+from aiokv.backends.capabilities import Entry
 from aiokv.caching.breaker import Breaker, Verb, first_of, is_cancelled
-from aiokv.caching.claims import Claim
 from aiokv.caching.failures import SkippedError
 from aiokv.caching.writes import Write
 from aiokv.deadlines import Alarm, SharedDeadline, go_on
 from aiokv.errors import BatchError, ValueTooLargeError
 from aiokv.limits import MIN_TTL_SECONDS
-from aiokv.store import AsyncKVStore
+from aiokv.store import AsyncKVStore, set_entries
 from aiokv.target import Target
 
 _PROBE_KEY = "aiokv-probe"
@@ -180,30 +180,6 @@ class StoreAccess:
             self.breaker.writes.succeeded()
         return errors, overtaken
 
-    async def claim(self, store: AsyncKVStore, compute_seconds: Mapping[str, float], wait_seconds: float) -> Claim:
-        """Tell other processes that this one computes, unless another has said so before.
-
-        This is a hint that nobody waits for: without an atomic operation two may go ahead, which costs one computation.
-
-        Args:
-            store: The caller's own store of this target.
-            compute_seconds: How long the last computation of each key took.
-            wait_seconds: Seconds to wait for the store at most; where it fails, every key is claimed.
-
-        Returns:
-            The claim, which holds the keys that are this process's to compute.
-        """
-        claim = Claim(store, compute_seconds)
-        is_patient.set(False)
-        try:
-            async with asyncio.timeout(wait_seconds):
-                await claim.acquire()
-        except Exception:  # noqa: BLE001 (whatever it is, the store is no help)
-            claim.hold_all()
-        finally:
-            is_patient.set(True)
-        return claim
-
     def _pending_texts(self, keys: Sequence[str]) -> dict[str, str | None]:
         writes = [write for key in keys if (write := self.pending.get(key)) is not None]
         return {write.key: write.text if write.may_stay() else None for write in writes}
@@ -265,7 +241,7 @@ class StoreAccess:
                 if len(applied) == 1 and applied[0].text is not None:
                     await store.set(applied[0].key, applied[0].text, applied[0].ttl_seconds)
                 elif applied:
-                    errors = await _apply(store, applied)
+                    await _apply(store, applied)
             except BatchError as batch:
                 errors = _errors_of(batch)
             except Exception as error:  # noqa: BLE001 (returned)
@@ -306,29 +282,15 @@ class StoreAccess:
         return futures
 
 
-async def _apply(store: AsyncKVStore, writes: Sequence[Write]) -> dict[str, BaseException]:
-    """Apply sets or deletes; return what some of them failed with."""
-    if writes[0].text is not None:
-        return await _set_many(store, writes)
-    await _delete(store, [write.key for write in writes])
-    return {}
+async def _apply(store: AsyncKVStore, writes: Sequence[Write]) -> None:
+    if writes[0].text is None:
+        await _delete(store, [write.key for write in writes])
+    else:
+        await set_entries(store, [Entry(write.key, write.text or "", write.ttl_seconds) for write in writes])
 
 
 async def _delete(store: AsyncKVStore, keys: Sequence[str]) -> None:
     await (store.delete(keys[0]) if len(keys) == 1 else store.delete_many(keys))
-
-
-async def _set_many(store: AsyncKVStore, writes: Iterable[Write]) -> dict[str, BaseException]:
-    errors: dict[str, BaseException] = {}
-    by_ttl: dict[int, dict[str, str]] = {}
-    for write in writes:
-        by_ttl.setdefault(write.ttl_seconds, {})[write.key] = write.text or ""
-    for ttl_seconds, texts in by_ttl.items():
-        try:
-            await store.set_many(texts, ttl_seconds)
-        except BatchError as batch:
-            errors |= _errors_of(batch)
-    return errors
 
 
 def _errors_of(batch: BatchError) -> dict[str, BaseException]:

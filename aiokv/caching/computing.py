@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from aiokv import clock
+from aiokv.caching.claims import RefreshClaim
 from aiokv.caching.events import Events
 from aiokv.caching.flights import (
     ABSENT,
@@ -295,33 +296,23 @@ class Computations:
     async def _refresh(self, begun: Mapping[Flight, Found], *, in_call: bool) -> None:
         """Compute anew, unless another process has been faster or is at it: looking costs less than computing."""
         first = next(iter(begun))
-        flights, store = first.flights, first.store
+        store = first.store
         try:
-            keys = [flight.call.key for flight in begun]
-            texts, error = await flights.access.read(store, keys, self._options.read_timeout)
-            store_failed = error is not None
-            if error is not None:
-                self._stored.read_failed(store, keys[0], error)
-            older: dict[Flight, Found] = {}
-            for flight, seen in begun.items():
-                found = self._stored.decode(flight.place, texts.get(flight.call.key))
-                if found is not None and found[0].started > seen[0].started:
-                    self._stored.keep_near(flight, *found)
-                    flight.end(Outcome(found[0].json, own=found[1]))
-                else:
-                    older[flight] = found or seen
+            older, store_failed = await self._read_again(begun)
             lasted = {flight.call.key: found[0].compute_seconds for flight, found in older.items()}
             if not lasted:
                 return
-            claim = await flights.access.claim(store, {} if store_failed else lasted, self._options.read_timeout)
-            claimed = lasted if store_failed else claim.leases
-            mine = [flight for flight in older if flight.call.key in claimed and self._is_wanted(flight)]
-            async with claim:
-                for part in self._batches(mine):
+            async with RefreshClaim(store, {} if store_failed else lasted, self._options.read_timeout) as claim:
+                claimed = lasted if store_failed else claim.leases
+                mine = {flight: found for flight, found in older.items() if flight.call.key in claimed}
+                if claim.is_exact and mine:
+                    # Another may have stored its result and given its claim back since.
+                    mine, store_failed = await self._read_again(mine)
+                for part in self._batches([flight for flight in mine if self._is_wanted(flight)]):
                     computation = Computation(part)
                     computation.is_uncancellable = not in_call
                     role: Role = "in_call" if in_call else "behind"
-                    await self._compute(computation, older, store_failed, role)
+                    await self._compute(computation, mine, store_failed, role)
             pause = max((seconds for key, seconds in lasted.items() if key not in claimed), default=0.0)
             if pause and not in_call:
                 # Until the others are likely to be done, there is no use in asking again.
@@ -331,6 +322,23 @@ class Computations:
         finally:
             for flight, found in begun.items():
                 flight.end(Outcome(found[0].json) if in_call else NO_OUTCOME)
+
+    async def _read_again(self, seen: Mapping[Flight, Found]) -> tuple[dict[Flight, Found], bool]:
+        """End flights whose entry is newer by now; return the others with what is stored, and whether the store failed."""
+        first = next(iter(seen))
+        keys = [flight.call.key for flight in seen]
+        texts, error = await first.flights.access.read(first.store, keys, self._options.read_timeout)
+        if error is not None:
+            self._stored.read_failed(first.store, keys[0], error)
+        older: dict[Flight, Found] = {}
+        for flight, known in seen.items():
+            found = self._stored.decode(flight.place, texts.get(flight.call.key))
+            if found is not None and found[0].started > known[0].started:
+                self._stored.keep_near(flight, *found)
+                flight.end(Outcome(found[0].json, own=found[1]))
+            else:
+                older[flight] = found or known
+        return older, error is not None
 
     def _may_join(self, flight: Flight) -> bool:
         is_free = flight.outcome is None and self._generations.is_current(flight.place, flight.generation)

@@ -61,7 +61,7 @@ class Permit(NamedTuple):
         """Check a call.
 
         Args:
-            verb: `get`, `set` or `delete`.
+            verb: `get`, `set`, `delete` or `claim`.
             db_name: The namespace, as the client names it.
 
         Returns:

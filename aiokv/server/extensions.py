@@ -77,7 +77,8 @@ class Extensions:
         options: ServerOptions,
         answer_fault: Callable[[Exception], Answer],
     ) -> None:
-        self._capabilities = capabilities_of(backend)
+        capabilities = capabilities_of(backend)
+        self._capabilities = capabilities if options.max_watches else capabilities._replace(watch=None)
         self._access = access
         self._quotas = quotas
         self._answer_fault = answer_fault

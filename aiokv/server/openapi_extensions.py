@@ -15,7 +15,7 @@ PARAMETERS: Final[Node] = {
         "name": "prefix",
         "in": "query",
         "description": "What the keys begin with; all keys where it is left out. A `+` stands for itself.",
-        "schema": {"type": "string", "pattern": "^[^\\u0000]*$", "maxLength": 500},
+        "schema": {"type": "string", "pattern": "^[^\\u0000]*$"},
         "example": "user:",
     },
     "limit": {
@@ -42,7 +42,7 @@ PARAMETERS: Final[Node] = {
         "name": "seconds",
         "in": "query",
         "required": True,
-        "description": "How long the claim lasts from now on, with up to nine decimals.",
+        "description": "How long the claim lasts from now on, with up to twenty decimals.",
         "schema": {"type": "number", "minimum": MIN_CLAIM_SECONDS, "maximum": MAX_CLAIM_SECONDS},
         "example": 15,
     },

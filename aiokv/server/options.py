@@ -44,7 +44,7 @@ class ServerOptions(Record, kw_only=True):
         min_bytes_per_second: The least rate at which a body must arrive and an answer must be read, after `grace_seconds`.
         grace_seconds: How long a body or an unread answer may stand still.
         max_bytes_in_flight: Bytes of bodies and answers held in memory at once in one process.
-        max_watches: Watches of namespaces at once in one process.
+        max_watches: Watches of namespaces at once in one process; 0 for a server without watches.
         max_watches_per_account: Watches of one account at once in one process; None takes half of `max_watches`.
         requests_per_second: Requests of one account, each key of a batch counted as one; None for no bound. The access file
             may say otherwise for an account.
@@ -423,7 +423,7 @@ _GROUPS: dict[str, tuple[_Option, ...]] = {
         _Option("min_bytes_per_second", SIZE, "least rate of bodies and of the reading of answers, after --grace"),
         _Option("grace_seconds", SECONDS, "time that a body or an unread answer may stand still", least=0.1),
         _Option("max_bytes_in_flight", SIZE, "bytes of bodies and answers in memory at once", least=MAX_VALUE_BYTES),
-        _Option("max_watches", WHOLE, "watches of namespaces at once"),
+        _Option("max_watches", WHOLE, "watches of namespaces at once; 0 for none"),
         _Option(
             "max_watches_per_account",
             WHOLE,

@@ -146,17 +146,26 @@ async def test_large_answers_are_read_in_another_thread_and_small_ones_in_the_lo
     await backend.aclose()
 
 
-async def test_what_does_not_fit_into_the_answer_is_omitted_and_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "kv.db"
-    backend = SqliteBackend(path)
+async def test_what_does_not_fit_into_the_answer_is_omitted_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statements: list[str] = []
+    read_many = sqlite_many.read_many
+
+    def note(cursor: sqlite3.Cursor, *arguments: object) -> object:
+        statements.clear()
+        cursor.connection.set_trace_callback(statements.append)
+        return read_many(cursor, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sqlite_many, "read_many", note)
+    backend = SqliteBackend(tmp_path / "kv.db")
     for start in (0, 4, 8):
         await backend.set_many("db", [Entry(f"k{number:02}", "x" * 1_900_000, 60) for number in range(start, start + 4)])
     await backend.set("db", "small", "v", 60)
-    # Whoever reads them says that they are damaged.
-    execute(path, "UPDATE entries_v2 SET checksum = checksum + 1 WHERE key >= 'k04' AND key < 'l'")
     keys = [f"k{number:02}" for number in range(12)] + ["small", "absent"]
     values = await backend.get_many("db", keys)
     assert [len(value) if isinstance(value, str) else value for value in values] == [1_900_000] * 4 + [OMITTED] * 9 + [None]
+    assert sum(statement.startswith("SELECT value FROM") for statement in statements) == 4
     assert await backend.get_many("db", ["small"]) == ["v"]
     await backend.aclose()
 

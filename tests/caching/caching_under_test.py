@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from aiokv import AsyncKVStore, CachedFunction, CacheEvent, StorageError
+from aiokv.backends.capabilities import Capabilities, ClaimOutcome
 from aiokv.backends.memory import MemoryBackend
 
 Cached = Callable[..., CachedFunction[[], int]]
@@ -36,6 +37,11 @@ class WatchedBackend(MemoryBackend):
         self.error: Exception = StorageError("broken", verb="get", attempts=1)
         self.gates: dict[str, asyncio.Event] = {}
         self.cancelled: list[str] = []
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Return what the methods of this class watch."""
+        return Capabilities(claim=self)
 
     def asked(self, verb: str) -> int:
         """Return the number of calls, without claims of refreshes and probes."""
@@ -70,6 +76,14 @@ class WatchedBackend(MemoryBackend):
         await self._pass("delete", key)
         await super().delete(db_name, key)
 
+    async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        await self._pass("claim", key)
+        return await super().claim(db_name, key, owner, seconds)
+
+    async def release(self, db_name: str, key: str, owner: str) -> bool:
+        await self._pass("release", key)
+        return await super().release(db_name, key, owner)
+
 
 def watched_store(clock: Callable[[], float] | None = None) -> tuple[WatchedBackend, AsyncKVStore]:
     """Return a backend that no other test has, and its store."""
@@ -95,6 +109,11 @@ class _Twin:
 
     def __init__(self, backend: WatchedBackend) -> None:
         self.get, self.set, self.delete, self.aclose = backend.get, backend.set, backend.delete, backend.aclose
+        self._backend = backend
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._backend.capabilities
 
 
 class MovedTime:

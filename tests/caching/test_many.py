@@ -251,8 +251,8 @@ async def test_ids_that_another_process_has_computed_meanwhile_are_not_computed_
     assert await stale.here([1, 2, 3]) == {1: 11, 2: -1, 3: 31}
 
 
-async def test_ids_that_another_process_is_at_are_left_to_it(stale: Processes, moved_time: MovedTime) -> None:
-    await stale.store.set(f"{stale.here.key(3)}:refreshing", f"somebody {moved_time.now()} 1.0")
+async def test_ids_that_another_process_is_at_are_left_to_it(stale: Processes) -> None:
+    await stale.backend.claim("db", f"{stale.here.key(3)}:refreshing", "somebody", 1.0)
     assert await stale.here([2, 3, 4]) == {2: 21, 3: 31, 4: 41}
     await stale.here.aclose()
     assert asked == [[2, 4]]

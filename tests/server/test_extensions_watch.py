@@ -300,6 +300,12 @@ async def test_what_is_kept_of_the_past_is_bounded(backend: CountingBackend) -> 
     assert watches.kept_bytes == 0
 
 
+async def test_a_server_without_watches_names_none() -> None:
+    async with serving(MemoryBackend(), max_watches=0) as address:
+        answer = await ask(address, head("GET", "/watch/db"))
+        assert (answer.status, answer.headers["aiokv-extensions"]) == (501, "batch, scan, claims")
+
+
 async def test_a_watch_needs_a_client_that_knows_chunks(address: str) -> None:
     answer = await ask(address, b"GET /watch/db HTTP/1.0\r\nHost: localhost\r\n\r\n")
     assert answer.status == 505
@@ -341,8 +347,8 @@ async def test_every_worker_tells_of_what_any_worker_changes(tmp_path: Path) -> 
     with served_process(*arguments, home=tmp_path) as (process, address):
         async with contextlib.AsyncExitStack() as stack:
             # Connections are spread over the workers.
-            streams = [await stack.enter_async_context(watching(address, "db")) for _ in range(8)]
-            assert [await stream.next() for stream in streams] == [LOST] * 8
+            streams = [await stack.enter_async_context(watching(address, "db")) for _ in range(16)]
+            assert [await stream.next() for stream in streams] == [LOST] * 16
             for number in range(4):
                 assert (await ask(address, put(f"/set/db/key-{number}", b"v"))).status == 200
             expected = [Changed(f"key-{number}") for number in range(4)]

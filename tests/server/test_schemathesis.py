@@ -18,16 +18,27 @@ from server_clients import connected, head
 
 from aiokv.server.access_file import add_key
 
-EXAMPLES = int(os.environ.get("AIOKV_EXAMPLES", "15"))
+EXAMPLES = int(os.environ.get("AIOKV_EXAMPLES", "8"))
+
+
+# That a cursor is one of this store's cannot be said in a schema; and a namespace that was cleared can still be listed.
+CONFIGURATION = """
+[[operations]]
+include-name = "GET /keys/{db_name}"
+checks.positive_data_acceptance.enabled = false
+checks.use_after_free.enabled = false
+"""
 
 
 async def checked(home: Path, address: str, *arguments: str) -> str:
     """Run schemathesis; return what it printed."""
     command = ("-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--max-examples", str(EXAMPLES), "--no-color")
+    (home / "schemathesis.toml").write_text(CONFIGURATION)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *command,
-        *("--seed", "1", "--generation-database", "none", *arguments),
+        # A watch has no end.
+        *("--seed", "1", "--generation-database", "none", "--exclude-path-regex", "^/watch/", *arguments),
         cwd=home,
         env=clean_environment(home),
         stdout=asyncio.subprocess.PIPE,
@@ -45,6 +56,7 @@ async def token_of(address: str, key: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("has_accounts", [False, True])
 async def test_server_and_its_description_agree(tmp_path: Path, *, has_accounts: bool) -> None:
     pytest.importorskip("schemathesis", reason="pip install schemathesis")

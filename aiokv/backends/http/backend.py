@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import copy
 from collections.abc import Awaitable, Callable
-from typing import Self, cast
+from typing import Generic, Self, TypeVar
 
 from yarl import URL
 
@@ -12,18 +12,17 @@ from aiokv.backends.capabilities import MAX_BATCH_KEYS, Capabilities, ClaimOutco
 from aiokv.backends.http.batches import Batches
 from aiokv.backends.http.batching import GetGroups, Group, close_groups
 from aiokv.backends.http.calls import Call
-from aiokv.backends.http.extensions import unsupported
+from aiokv.backends.http.extensions import EXTENSIONS, unsupported
 from aiokv.backends.http.hedge import HedgePolicy, Hedger
 from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import RetryPolicy
 from aiokv.backends.http.stream import Stream
-from aiokv.backends.http.transport import Answer, Request, Timeouts
+from aiokv.backends.http.transport import Answer, Timeouts
 from aiokv.backends.http.watching import Watches
 from aiokv.backends.watching import Watch
 from aiokv.errors import CallError, RejectedError, ResponseError
 from aiokv.event_wire import EVENT_STREAM, LAST_EVENT_ID
 from aiokv.extension_wire import (
-    EXTENSIONS_HEADER,
     MAX_EXTENSION_ANSWER_BYTES,
     Listing,
     claim_path,
@@ -36,6 +35,8 @@ from aiokv.extension_wire import (
     watch_path,
 )
 from aiokv.wire import TRANSIENT_STATUSES
+
+T = TypeVar("T")
 
 _OK = 200
 _BAD_REQUEST = 400
@@ -124,39 +125,51 @@ class RemoteBackend(Batches):
     async def scan(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Page:
         """List keys; see `ScanBackend.scan`."""
         listing = Listing(prefix, cursor, limit)
-        call = self._extension_call("scan", db_name, prefix, keys_path(db_name, listing), "GET", "scan")
+        url = self.extension_url(keys_path(db_name, listing))
         try:
-            answer = await self._ask(call._replace(parse=lambda body, *_: parse_page(body, listing)))
+            page, is_ordered = await self._ask(
+                _ExtensionCall("scan", "scan", db_name, prefix, "GET", url, lambda answer: parse_page(answer.body, listing))
+            )
         except RejectedError as error:
             if cursor is None or error.status != _BAD_REQUEST:
                 raise
             raise ValueError(f"cursor must be that of the page before, of the same store: {error.reason}") from error
-        page, self.extensions.scans_in_order = cast("tuple[Page, bool]", answer)
+        self.extensions.scans_in_order = is_ordered
         return page
 
     async def count(self, db_name: str, prefix: str = "") -> int:
         """Count entries; see `ScanBackend.count`."""
-        call = self._extension_call("count", db_name, prefix, count_path(db_name, prefix), "GET", "scan")
-        return cast("int", await self._ask(call._replace(parse=lambda body, *_: parse_number(body, "count"))))
+        url = self.extension_url(count_path(db_name, prefix))
+        return await self._ask(
+            _ExtensionCall("scan", "count", db_name, prefix, "GET", url, lambda answer: parse_number(answer.body, "count"))
+        )
 
     async def clear(self, db_name: str, prefix: str = "", limit: int = MAX_BATCH_KEYS) -> int:
-        """Delete some entries; see `ScanBackend.clear`."""
-        path = keys_path(db_name, Listing(prefix, None, limit))
-        call = self._extension_call("clear", db_name, prefix, path, "DELETE", "scan")
-        return cast("int", await self._ask(call._replace(parse=lambda body, *_: parse_number(body, "deleted", limit))))
+        """Delete some entries; see `ScanBackend.clear`: of an attempt whose answer was lost, what it deleted is not counted."""
+        url = self.extension_url(keys_path(db_name, Listing(prefix, None, limit)))
+        return await self._ask(
+            _ExtensionCall(
+                "scan", "clear", db_name, prefix, "DELETE", url, lambda answer: parse_number(answer.body, "deleted", limit)
+            )
+        )
 
     async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
         """Take or renew a claim; see `ClaimBackend.claim`."""
-        path = claim_path(db_name, key, owner, seconds)
-        call = self._extension_call("claim", db_name, key, path, "PUT", "claims", owner)
-        call = call._replace(parse=lambda body, status, _: parse_claim(body, is_held=status == _OK), other_status=_CONFLICT)
-        return cast("ClaimOutcome", await self._ask(call))
+        url = self.extension_url(claim_path(db_name, key, owner, seconds))
+        return await self._ask(
+            _ExtensionCall(
+                *("claims", "claim", db_name, key, "PUT", url),
+                lambda answer: parse_claim(answer.body, is_held=answer.status == _OK),
+                owner,
+            )
+        )
 
     async def release(self, db_name: str, key: str, owner: str) -> bool:
-        """Give a claim back; see `ClaimBackend.release`."""
-        path = claim_path(db_name, key, owner)
-        call = self._extension_call("release", db_name, key, path, "DELETE", "claims", owner)
-        return cast("bool", await self._ask(call._replace(parse=lambda body, *_: parse_released(body))))
+        """Give a claim back; see `ClaimBackend.release`: False, too, where an attempt whose answer was lost gave it back."""
+        url = self.extension_url(claim_path(db_name, key, owner))
+        return await self._ask(
+            _ExtensionCall("claims", "release", db_name, key, "DELETE", url, lambda answer: parse_released(answer.body), owner)
+        )
 
     def watch(self, db_name: str) -> Watch:
         """Watch a namespace; see `WatchBackend.watch`."""
@@ -188,7 +201,7 @@ class RemoteBackend(Batches):
         Raises:
             CallError: There is none; it is transient where there may be one later.
         """
-        call = Call("watch", db_name, "", self.extension_url(watch_path(db_name)), "GET", write=False, extension="watch")
+        call = Call("watch", db_name, "", self.extension_url(watch_path(db_name)), "GET", write=False)
         try:
             if self.is_fal:
                 raise unsupported("watch")
@@ -223,12 +236,11 @@ class RemoteBackend(Batches):
         headers = {"Accept": EVENT_STREAM} if header is None else {"Accept": EVENT_STREAM, "Authorization": header}
         if last_event_id:
             headers[LAST_EVENT_ID] = last_event_id
-        request = Request(call.method, call.url, headers, None, write=False)
-        return await self._transport.open_stream(request, self._timeouts, self._availability)
+        return await self._transport.open_stream(call, headers, self._timeouts, self._availability)
 
     async def _check_stream(self, call: Call, stream: Stream, header: str | None) -> None:
         answer = Answer(stream.status, stream.headers, b"")
-        self.extensions.learn(answer.headers.get(EXTENSIONS_HEADER))
+        self.extensions.learn(answer.headers.get(EXTENSIONS))
         self.extensions.check("watch", answer.status, write=False)
         if answer.status != _OK:
             with contextlib.suppress(CallError):
@@ -237,28 +249,40 @@ class RemoteBackend(Batches):
         if answer.headers.get("Content-Type", "").partition(";")[0].strip().lower() != EVENT_STREAM:
             raise ResponseError(f"the answer is no {EVENT_STREAM}", status=_OK)
 
-    def _extension_call(  # noqa: PLR0913, PLR0917 (what a call is)
-        self, verb: str, db_name: str, key: str, path: str, method: str, extension: str, owner: str = ""
-    ) -> Call:
-        return Call(
-            verb,
-            db_name,
-            key,
-            self.extension_url(path),
-            method,
-            method != "GET",
-            # Who claims is a secret like a key.
-            values=(owner,) if owner else (),
-            extension=extension,
-            max_answer_bytes=MAX_EXTENSION_ANSWER_BYTES,
-        )
-
-    async def _ask(self, call: Call) -> object:
+    async def _ask(self, call: "_ExtensionCall[T]") -> T:
         started = self.loop.time()
         if self.is_fal:
             raise self._named(unsupported(call.extension), call)
-        return await self.run(call, started)
+        result: T = await self.run(call, started)
+        return result
 
     def _named(self, error: CallError, call: Call) -> CallError:
         error.verb, error.db_name, error.key, error.host = call.verb, call.db_name, call.key, self.host
         return error
+
+
+class _ExtensionCall(Call, Generic[T]):
+    """A call of an extension, whose answer a function parses."""
+
+    max_answer_bytes = MAX_EXTENSION_ANSWER_BYTES
+
+    def __init__(  # noqa: PLR0913, PLR0917 (what a call is)
+        self,
+        extension: str,
+        verb: str,
+        db_name: str,
+        key: str,
+        method: str,
+        url: URL,
+        parse: Callable[[Answer], T],
+        owner: str = "",
+    ) -> None:
+        # Who claims is a secret like a key.
+        super().__init__(verb, db_name, key, url, method, method != "GET", values=(owner,) if owner else ())
+        self.extension = extension
+        self.other_status = _CONFLICT if verb == "claim" else _OK
+        self._parse = parse
+
+    def parse(self, answer: Answer, _secrets: object) -> T:
+        """Return what the function makes of the answer."""
+        return self._parse(answer)

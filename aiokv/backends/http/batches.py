@@ -6,8 +6,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final, Literal, cast
 
+from yarl import URL
+
 from aiokv.backends.capabilities import Entry, Omitted
 from aiokv.backends.http.calls import Call, Calls
+from aiokv.backends.http.transport import Answer
 from aiokv.batch_wire import cut_entries, cut_keys, parse_outcomes, parse_values
 from aiokv.errors import CallError, UnsupportedError
 from aiokv.extension_wire import MAX_EXTENSION_ANSWER_BYTES, batch_path
@@ -72,7 +75,7 @@ class Batches(Calls):
     ) -> Sequence[CallError | None]:
         """Write once the earlier writes of these keys have ended; later ones wait for all of it."""
         started = self.loop.time()
-        turn = self._writes.enter(db_name, unique)
+        turn = self._writes.enter_all(db_name, unique)
         try:
             if turn.previous:
                 await self.wait_for_turn(turn, _NAMES[verb], db_name, "", started)
@@ -142,8 +145,8 @@ class _Many:
             await self.calls.run(self.batch_call(indexes, body), self._started, batch.attempt)
         except CallError as error:
             if error is batch.rest:
-                for index in batch.pending:
-                    cast("CallError", self._outcomes[index]).reason = error.reason
+                # Each key has an error of its own already.
+                pass
             elif isinstance(error, UnsupportedError) or error.status in _SPLITTING_STATUSES:
                 await self._run_singles(batch.pending)
                 self.mark_applied(batch.pending if batch.may_be_applied else ())
@@ -243,22 +246,27 @@ class _Many:
         return cast("str | None", await self.calls.run(call, self._started))
 
     def batch_call(self, indexes: Sequence[int], body: bytes) -> Call:
-        parse: Callable[[bytes, int, tuple[str, ...]], Any] = parse_values if self._verb == "get" else parse_outcomes
-        count = len(indexes)
-        return Call(
-            _NAMES[self._verb],
-            self._db_name,
-            "",
-            self.calls.extension_url(batch_path(self._db_name)),
-            "POST",
-            self._verb != "get",
-            body,
-            tuple({self._entries[index].value for index in indexes}) if self._entries else (),
-            content_type="application/json",
-            extension="batch",
-            parse=lambda answer, _, secrets: parse(answer, count, secrets),
-            max_answer_bytes=MAX_EXTENSION_ANSWER_BYTES,
-        )
+        values = tuple({self._entries[index].value for index in indexes}) if self._entries else ()
+        url = self.calls.extension_url(batch_path(self._db_name))
+        return _BatchCall(self._verb, self._db_name, url, body, values, len(indexes))
+
+
+class _BatchCall(Call):
+    """The request of one batch."""
+
+    content_type = "application/json"
+    extension = "batch"
+    max_answer_bytes = MAX_EXTENSION_ANSWER_BYTES
+
+    def __init__(  # noqa: PLR0913, PLR0917 (what a batch is)
+        self, verb: Verb, db_name: str, url: URL, body: bytes, values: tuple[str, ...], count: int
+    ) -> None:
+        super().__init__(_NAMES[verb], db_name, "", url, "POST", verb != "get", body, values)
+        self._count = count
+
+    def parse(self, answer: Answer, secrets: Callable[[], tuple[str, ...]]) -> Any:
+        """Return an outcome for each key."""
+        return (parse_outcomes if self.write else parse_values)(answer.body, self._count, secrets())
 
 
 class _Batch:

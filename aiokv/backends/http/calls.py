@@ -3,14 +3,14 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from yarl import URL
 
 from aiokv.backends.http.answers import error_of, id_of_request, is_good, refused_exchange, secrets_of
 from aiokv.backends.http.availability import availability_of
 from aiokv.backends.http.credentials import choose_credentials, find_authorization, is_fal_host, token_url
-from aiokv.backends.http.extensions import Extensions
+from aiokv.backends.http.extensions import EXTENSIONS, Extensions
 from aiokv.backends.http.hedge import Hedger
 from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import QUOTA_TOKENS, SUCCESS_TOKENS, RetryPolicy, quota_of, retry
@@ -18,10 +18,8 @@ from aiokv.backends.http.tokens import Token, TokenSource, parse_token
 from aiokv.backends.http.transport import Answer, Request, Timeouts, Transport
 from aiokv.backends.http.write_order import Turn, WriteOrder
 from aiokv.errors import CallError, CallTimeoutError, ResponseError
-from aiokv.extension_wire import EXTENSIONS_HEADER
 from aiokv.telemetry import TokenRenewed, detached
 from aiokv.wire import (
-    MAX_ANSWER_BYTES,
     METHODS,
     Verb,
     check_done_body,
@@ -38,8 +36,8 @@ _NOT_FOUND = 404
 _HEDGED = frozenset({"get", "get_many"})
 
 
-class Call(NamedTuple):
-    """One call: what is sent, what its errors name, and what makes something of its answer.
+class Call(Request):
+    """One call: what is sent, and what its errors name.
 
     Args:
         verb: The name of the call.
@@ -50,27 +48,50 @@ class Call(NamedTuple):
         write: Whether it changes something.
         body: The request's body.
         values: What no error may repeat, though an answer may echo it.
-        content_type: That of the body.
-        extension: The extension of the protocol that the call is of, "" for none.
-        parse: Make the call's result of an answer's body and status, given what no message may repeat; raise ValueError where
-            it is no such answer. None for a get, a set and a delete.
-        other_status: A status beside 200 whose answer `parse` takes.
-        max_answer_bytes: The largest answer that can be one.
     """
 
-    verb: str
-    db_name: str
-    key: str
-    url: URL
-    method: str
-    write: bool
-    body: bytes | None = None
-    values: tuple[str, ...] = ()
-    content_type: str = "text/plain; charset=utf-8"
-    extension: str = ""
-    parse: Callable[[bytes, int, tuple[str, ...]], Any] | None = None
-    other_status: int = _OK
-    max_answer_bytes: int = MAX_ANSWER_BYTES
+    content_type = "text/plain; charset=utf-8"
+    extension = ""
+    other_status = _OK
+
+    def __init__(  # noqa: PLR0913, PLR0917 (what a call is)
+        self,
+        verb: str,
+        db_name: str,
+        key: str,
+        url: URL,
+        method: str,
+        write: bool,  # noqa: FBT001 (made in few places)
+        body: bytes | None = None,
+        values: tuple[str, ...] = (),
+    ) -> None:
+        # Not by the base class's: that would be one more call.
+        self.verb = verb
+        self.db_name = db_name
+        self.key = key
+        self.url = url
+        self.method = method
+        self.write = write
+        self.body = body
+        self.values = values
+
+    def parse(self, answer: Answer, _secrets: Callable[[], tuple[str, ...]]) -> Any:
+        """Make the result of the call of an answer that has status 200 or `other_status`.
+
+        Args:
+            answer: The answer.
+            _secrets: Return what no message may repeat.
+
+        Returns:
+            The value of a get, None for a set and a delete.
+
+        Raises:
+            ValueError: It is no such answer.
+        """
+        if not self.write:
+            return parse_value_body(answer.body)
+        check_done_body(answer.body)
+        return None
 
 
 class Calls:
@@ -151,7 +172,7 @@ class Calls:
             CallError: It failed.
         """
         started = self.loop.time()
-        turn = self._writes.enter(call.db_name, (call.key,))
+        turn = self._writes.enter((call.db_name, call.key))
         try:
             if turn.previous:
                 await self.wait_for_turn(turn, call.verb, call.db_name, call.key, started)
@@ -235,8 +256,8 @@ class Calls:
             if answer.status == _UNAUTHORIZED and header is not None:
                 header = await self._new_header(deadline, refused=header)
                 answer = await self._send(call, header, deadline)
-            if answer.headers.get(EXTENSIONS_HEADER) != self.extensions.told:
-                self.extensions.learn(answer.headers.get(EXTENSIONS_HEADER))
+            if answer.headers.get(EXTENSIONS) != self.extensions.told:
+                self.extensions.learn(answer.headers.get(EXTENSIONS))
             if call.extension:
                 self.extensions.check(call.extension, answer.status, write=call.write)
             if answer.status in {_OK, call.other_status}:
@@ -252,10 +273,9 @@ class Calls:
         headers = {} if header is None else {"Authorization": header}
         if call.body is not None:
             headers["Content-Type"] = call.content_type
-        request = Request(call.method, call.url, headers, call.body, call.write, call.max_answer_bytes)
         if self._hedger is None or call.verb not in _HEDGED:
-            return await self._transport.request(request, self._timeouts, deadline, self._availability)
-        send = partial(self._transport.request, request, self._timeouts, deadline, self._availability)
+            return await self._transport.request(call, headers, self._timeouts, deadline, self._availability)
+        send = partial(self._transport.request, call, headers, self._timeouts, deadline, self._availability)
         return await self._hedger.first_of(send, is_good=is_good, may_hedge=lambda: not self._transport.busy)
 
     async def _new_header(self, deadline: float, refused: str | None = None) -> str | None:
@@ -304,8 +324,8 @@ class Calls:
         host, secrets = availability_of(self._token_url), secrets_of(authorization)
 
         async def attempt() -> Token:
-            request = Request("POST", self._token_url, headers, b"{}", write=True)
-            answer = await self._transport.request(request, self._timeouts, deadline, host)
+            request = Request("POST", self._token_url, b"{}", write=True)
+            answer = await self._transport.request(request, headers, self._timeouts, deadline, host)
             if answer.status != _OK:
                 raise refused_exchange(answer, authorization, source)
             return parse_token(answer, source, secrets)
@@ -330,15 +350,9 @@ class Calls:
     def _parse_answer(self, call: Call, answer: Answer, header: str | None) -> Any:
         """Return the result of a call that succeeded; check the 200 of a write."""
         try:
-            if call.parse is not None:
-                return call.parse(answer.body, answer.status, self._secrets(call, header))
-            if not call.write:
-                return parse_value_body(answer.body)
-            check_done_body(answer.body)
+            return call.parse(answer, partial(self._secrets, call, header))
         except ValueError as error:
             reason = str(error)
-        else:
-            return None
         if answer.status != _OK:
             raise self._refused_call(call, answer, header)
         # Not tried again: the next answer would be the same.

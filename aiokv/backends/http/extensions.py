@@ -1,8 +1,15 @@
 """Which extensions of the protocol a server has, as its answers say."""
 
+from typing import Final
+
+from multidict import istr
+
 from aiokv.errors import CallError, UnsupportedError
-from aiokv.extension_wire import parse_extensions
+from aiokv.extension_wire import EXTENSIONS_HEADER, parse_extensions
 from aiokv.wire import TRANSIENT_STATUSES
+
+EXTENSIONS: Final = istr(EXTENSIONS_HEADER)
+"""The header that names a server's extensions, in the form that is quick to look up."""
 
 _OK = 200
 # Of a server that does not know the path, the method, or how to do it.

@@ -10,7 +10,15 @@ from aiokv.backends.base import is_patient
 from aiokv.backends.http.retry import has_backoff
 from aiokv.backends.http.stream import Stream
 from aiokv.backends.watching import Lost, Watch
-from aiokv.errors import AioKVError, CallError, ConfigurationError, ResponseError, StoreClosedError, UnsupportedError
+from aiokv.errors import (
+    AioKVError,
+    CallError,
+    ConfigurationError,
+    ConnectError,
+    ResponseError,
+    StoreClosedError,
+    UnsupportedError,
+)
 from aiokv.event_wire import EventParser
 from aiokv.telemetry import detached
 from aiokv.wire import TRANSIENT_STATUSES
@@ -176,5 +184,6 @@ def _is_final(error: AioKVError) -> bool:
     if not isinstance(error, CallError) or isinstance(error, UnsupportedError):
         return True
     if error.status is None:
-        return not error.transient
+        # Such as a certificate that is not trusted.
+        return isinstance(error, ConnectError) and not error.transient
     return error.status == _NOT_IMPLEMENTED or (error.status < _SERVER_ERRORS and error.status not in TRANSIENT_STATUSES)

@@ -1,7 +1,7 @@
 """The order of writes: a write of an entry waits for the earlier ones of the same entry, those in batches too."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 Entry = tuple[str, str]
 """A namespace and a key."""
@@ -20,10 +20,12 @@ class Turn:
 
     __slots__ = ("ended", "entries", "previous")
 
-    def __init__(self, entries: list[Entry], ended: "asyncio.Future[None]") -> None:
+    def __init__(
+        self, entries: Sequence[Entry], ended: "asyncio.Future[None]", previous: "Sequence[asyncio.Future[None]]"
+    ) -> None:
         self.entries = entries
         self.ended = ended
-        self.previous: list[asyncio.Future[None]] = []
+        self.previous = previous
 
     async def come(self, timeout: float) -> bool:  # noqa: ASYNC109 (of the wait alone)
         """Wait for the earlier writes.
@@ -53,25 +55,35 @@ class WriteOrder:
         self._loop = asyncio.get_running_loop()
         self.last: dict[Entry, asyncio.Future[None]] = {}
 
-    def enter(self, db_name: str, keys: Iterable[str]) -> Turn:
-        """Take a place behind all earlier writes of the same entries.
+    def enter(self, entry: Entry) -> Turn:
+        """Take a place behind all earlier writes of the same entry.
 
         Args:
-            db_name: The namespace.
-            keys: The keys.
+            entry: The entry.
 
         Returns:
             The place; give it to `leave`, in any case.
         """
-        last = self.last
-        turn = Turn([(db_name, key) for key in keys], self._loop.create_future())
-        for entry in turn.entries:
-            previous = last.get(entry)
-            # Also for a key that comes twice in one batch, and after a long batch of the same keys.
-            if previous is not None and previous is not turn.ended and previous not in turn.previous[-1:]:
-                turn.previous.append(previous)
-            last[entry] = turn.ended
-        return turn
+        previous = self.last.get(entry)
+        ended = self.last[entry] = self._loop.create_future()
+        return Turn((entry,), ended, () if previous is None else (previous,))
+
+    def enter_all(self, db_name: str, keys: Iterable[str]) -> Turn:
+        """Take a place behind all earlier writes of the same entries.
+
+        Args:
+            db_name: The namespace.
+            keys: Different keys.
+
+        Returns:
+            The place; give it to `leave`, in any case.
+        """
+        entries = [(db_name, key) for key in keys]
+        # Each once: a batch before may have written many of the keys.
+        previous = {self.last[entry]: None for entry in entries if entry in self.last}
+        ended = self._loop.create_future()
+        self.last.update(dict.fromkeys(entries, ended))
+        return Turn(entries, ended, list(previous))
 
     def leave(self, turn: Turn) -> None:
         """End a write, or its wait: later writes go on once the earlier ones that it waited for have ended, too.
@@ -79,7 +91,7 @@ class WriteOrder:
         Args:
             turn: What `enter` returned.
         """
-        waiting = {previous for previous in turn.previous if not previous.done()}
+        waiting = turn.previous and {previous for previous in turn.previous if not previous.done()}
         if not waiting:
             self._end(turn)
             return

@@ -1,0 +1,136 @@
+"""`Claim`: at most one holder at a time, in all processes, for as long as a block runs."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Final, Self
+
+from aiokv import clock
+from aiokv.backends.capabilities import MAX_CLAIM_SECONDS, MIN_CLAIM_SECONDS, ClaimBackend
+from aiokv.errors import CallError
+
+logger = logging.getLogger("aiokv")
+
+DEFAULT_CLAIM_SECONDS: Final = 15.0
+
+# To release is a courtesy: a claim ends by itself, so nobody waits long for a store that hangs.
+_MAX_RELEASE_SECONDS = 2.0
+# The loop holds its tasks weakly.
+_releasing: "set[asyncio.Task[None]]" = set()
+
+
+class Claim:
+    """A claim of a key, as a context manager: taken where nobody holds it, renewed while the block runs, then released.
+
+    Its block runs whether or not it is held. A claim is a lease: where it cannot be renewed in time, `is_held` becomes
+    False, and stays so.
+
+    Args:
+        open_claims: Return the backend.
+        db_name: The namespace.
+        key: What is claimed.
+        seconds: How long it lasts without renewal.
+    """
+
+    def __init__(self, open_claims: Callable[[], Awaitable[ClaimBackend]], db_name: str, key: str, seconds: float) -> None:
+        self._open_claims = open_claims
+        self._name = (db_name, key, os.urandom(16).hex())
+        self._seconds = seconds
+        # Counted from before each request, so that it ends here no later than in the store.
+        self._ends_at = 0.0
+        self._was_granted = False
+        self._claims: ClaimBackend | None = None
+        self._renewing: asyncio.Task[None] | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this claim is held: nobody else can hold one of its key."""
+        if self._was_granted and clock.monotonic() >= self._ends_at:
+            # For good: another may have held it meanwhile, even where it is free again.
+            self._was_granted = False
+        return self._was_granted
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the claim, whoever holds it, ends unless it is renewed or released; as far as this process knows."""
+        return max(0.0, self._ends_at - clock.monotonic())
+
+    async def __aenter__(self) -> Self:
+        if self._claims is not None:
+            raise RuntimeError("a claim is entered once; make another one with store.claim")
+        claims = self._claims = await self._open_claims()
+        try:
+            self._was_granted = await self._ask(claims)
+        except BaseException as error:
+            if not isinstance(error, CallError) or error.maybe_applied:
+                # It may be held all the same. Not awaited: a task that is cancelled or late waits for nothing more.
+                releasing = asyncio.create_task(self._release(claims), name="aiokv release of a claim")
+                _releasing.add(releasing)
+                releasing.add_done_callback(_releasing.discard)
+            raise
+        if self._was_granted:
+            self._renewing = asyncio.create_task(self._renew(claims), name="aiokv claim")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._renewing is not None and self._claims is not None:
+            self._renewing.cancel()
+            await asyncio.wait([self._renewing])
+            self._was_granted = False
+            await self._release(self._claims)
+
+    async def _ask(self, claims: ClaimBackend) -> bool:
+        asked_at = clock.monotonic()
+        outcome = await claims.claim(*self._name, self._seconds)
+        self._ends_at = asked_at + outcome.seconds_left
+        return outcome.is_held
+
+    async def _renew(self, claims: ClaimBackend) -> None:
+        wait_seconds = self._seconds / 3
+        while True:
+            await asyncio.sleep(wait_seconds)
+            if not self.is_held:
+                return
+            ends_at, wait_seconds = self._ends_at, self._seconds / 3
+            try:
+                async with asyncio.timeout(self._seconds / 6):
+                    is_held = await self._ask(claims)
+            except Exception as error:  # noqa: BLE001 (tried again until the claim has ended)
+                logger.debug("a claim could not be renewed: %s", type(error).__name__)
+                wait_seconds = self._seconds / 12
+            else:
+                if not is_held or clock.monotonic() >= ends_at:
+                    # It may have been another's between, even where it is this one's again.
+                    self._was_granted = False
+                    return
+
+    async def _release(self, claims: ClaimBackend) -> None:
+        try:
+            async with asyncio.timeout(_MAX_RELEASE_SECONDS):
+                await claims.release(*self._name)
+        except Exception as error:  # noqa: BLE001 (it ends by itself)
+            logger.debug("a claim could not be released: %s", type(error).__name__)
+
+
+def check_claim_seconds(seconds: float | timedelta) -> float:
+    """Check how long a claim is to last.
+
+    Args:
+        seconds: A number from 1 to 3,600, or a `timedelta` of that range.
+
+    Returns:
+        It, in seconds.
+
+    Raises:
+        TypeError: It is of another type.
+        ValueError: It is outside the range.
+    """
+    if isinstance(seconds, timedelta):
+        seconds = seconds.total_seconds()
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"seconds must be a number or a timedelta, not {type(seconds).__name__}")
+    if not MIN_CLAIM_SECONDS <= seconds <= MAX_CLAIM_SECONDS:
+        raise ValueError(f"seconds must be from {MIN_CLAIM_SECONDS:g} to {MAX_CLAIM_SECONDS:,g}, not {float(seconds):,g}")
+    return float(seconds)

@@ -1,0 +1,313 @@
+"""Listing, counting, clearing and claims over HTTP; what a server that lacks them is met with."""
+
+import asyncio
+import socket
+
+import pytest
+from aiohttp import web
+from extension_service import ExtensionService, connected
+from helpers import all_texts, no_wait
+from yarl import URL
+
+from aiokv.backends.capabilities import Capabilities, Entry, capabilities_of
+from aiokv.backends.http.backend import RemoteBackend
+from aiokv.backends.http.extensions import Extensions
+from aiokv.backends.http.retry import RetryPolicy
+from aiokv.errors import (
+    AuthenticationError,
+    CallError,
+    RejectedError,
+    ResponseError,
+    TransportError,
+    UnavailableError,
+    UnsupportedError,
+)
+from aiokv.testing import FaultProxy, ResetAfter, ScriptedService
+from aiokv.wire import TOKEN_PATH, error_body
+
+OWNER = "s3cret-owner-of-the-claim"
+ASKS = {
+    "scan": lambda backend: backend.scan("db", "p"),
+    "count": lambda backend: backend.count("db", "p"),
+    "clear": lambda backend: backend.clear("db", "p"),
+    "claim": lambda backend: backend.claim("db", "p", OWNER, 5.0),
+    "release": lambda backend: backend.release("db", "p", OWNER),
+}
+every_ask = pytest.mark.parametrize("verb", list(ASKS))
+
+
+async def fill(service: ExtensionService, *keys: str) -> None:
+    for key in keys:
+        await service.backend.set("db", key, "value", 60)
+
+
+async def test_keys_are_listed_page_by_page() -> None:
+    service = ExtensionService()
+    await fill(service, "b/ü", "b/2", "b/1", "a", "b", "c")
+    async with connected(service, is_known=False) as backend:
+        listed, cursor = [], None
+        while True:
+            page = await backend.scan("db", "b/", cursor, 2)
+            listed += [info.key for info in page.infos]
+            cursor = page.cursor
+            if cursor is None:
+                break
+        assert sorted(listed) == ["b/1", "b/2", "b/ü"]
+        assert page.infos[0].value_bytes == 5
+        assert backend.scans_in_order is service.backend.scans_in_order
+        assert (await backend.count("db"), await backend.count("db", "b/"), await backend.count("other")) == (6, 3, 0)
+    assert {kind.split()[1] for kind in service.asked} == {"keys", "count"}
+
+
+async def test_clearing_deletes_at_most_the_limit_at_once() -> None:
+    service = ExtensionService()
+    await fill(service, "b1", "b2", "b3", "a")
+    async with connected(service) as backend:
+        assert await backend.clear("db", "b", 2) == 2
+        assert await backend.clear("db", "b", 2) == 1
+        assert await backend.count("db") == 1
+
+
+async def test_claims_exclude_one_another() -> None:
+    service = ExtensionService()
+    async with connected(service) as backend:
+        assert await backend.claim("db", "a/b", OWNER, 5.0) == (True, 5.0)
+        other = await backend.claim("db", "a/b", "other", 5.0)
+        assert not other.is_held
+        assert 0 < other.seconds_left <= 5.0
+        assert not await backend.release("db", "a/b", "other")
+        assert await backend.release("db", "a/b", OWNER)
+        assert (await backend.claim("db", "a/b", "other", 1.5)).is_held
+    # A claim that another holds is an answer, and not tried again.
+    assert service.asked.count("PUT claims") == 3
+
+
+async def test_conflict_that_is_no_answer_to_a_claim_is_an_error() -> None:
+    service = ExtensionService()
+
+    async def conflict(_: web.BaseRequest) -> web.Response:
+        return service.respond(409, error_body("two at once"))
+
+    async with connected(service, policy=RetryPolicy(attempts=2)) as backend:
+        service.override = conflict
+        with pytest.raises(RejectedError, match="two at once") as caught:
+            await backend.claim("db", "k", OWNER, 5.0)
+        assert caught.value.attempts == 2
+
+
+async def test_cursor_of_another_store_is_a_value_error() -> None:
+    service = ExtensionService()
+    async with connected(service) as backend:
+        with pytest.raises(ValueError, match="cursor must be that of the page before"):
+            await backend.scan("db", "", "nonsense")
+
+
+@every_ask
+@pytest.mark.parametrize("is_known", [False, True])
+async def test_server_without_extensions_is_told_apart_from_a_failure(verb: str, is_known: bool) -> None:  # noqa: FBT001
+    service = ExtensionService(extensions=None)
+    async with connected(service, is_known=is_known) as backend:
+        with pytest.raises(UnsupportedError, match=r"sqlite:///, memory://, redis://") as caught:
+            await ASKS[verb](backend)
+        error = caught.value
+        assert (error.verb, error.db_name, error.key, error.maybe_applied) == (verb, "db", "p", False)
+        assert not error.transient
+    assert len(service.asked) == 1
+
+
+@every_ask
+@pytest.mark.parametrize("status", [404, 405, 501])
+async def test_refusal_of_the_path_or_the_ability_is_unsupported(verb: str, status: int) -> None:
+    service = ExtensionService()
+
+    async def refuse(_: web.BaseRequest) -> web.Response:
+        return service.respond(status, error_body("no"))
+
+    async with connected(service) as backend:
+        service.override = refuse
+        with pytest.raises(UnsupportedError) as caught:
+            await ASKS[verb](backend)
+        assert caught.value.status == status
+
+
+@every_ask
+async def test_page_of_a_captive_portal_is_unsupported(verb: str) -> None:
+    async def portal(_: web.BaseRequest) -> web.Response:
+        return web.Response(text="<html>log in</html>")
+
+    async with ScriptedService(handler=portal) as scripted:
+        backend = RemoteBackend(URL(scripted.url))
+        with pytest.raises(UnsupportedError):
+            await ASKS[verb](backend)
+        await backend.aclose()
+
+
+@every_ask
+async def test_server_that_is_down_for_a_moment_is_asked_again(verb: str) -> None:
+    service = ExtensionService()
+    await fill(service, "p1")
+    left = [503, 429]
+
+    async def fail(_: web.BaseRequest) -> web.Response | None:
+        return web.Response(status=left.pop()) if left else None
+
+    async with connected(service) as backend:
+        service.override = fail
+        await ASKS[verb](backend)
+    assert len(service.asked) == 3
+
+
+@every_ask
+async def test_gateway_that_fails_is_no_proof_that_the_server_lacks_anything(verb: str) -> None:
+    async def fail(_: web.BaseRequest) -> web.Response:
+        return web.Response(status=502)
+
+    async with ScriptedService(handler=fail) as scripted:
+        backend = RemoteBackend(URL(scripted.url), sleep=no_wait, policy=RetryPolicy.none())
+        with pytest.raises(UnavailableError) as caught:
+            await ASKS[verb](backend)
+        assert caught.value.maybe_applied is (verb in {"clear", "claim", "release"})
+        await backend.aclose()
+
+
+@every_ask
+async def test_broken_connection_says_whether_something_may_have_changed(verb: str) -> None:
+    service = ExtensionService()
+    async with ScriptedService(handler=service.answer) as scripted, FaultProxy(scripted.url) as proxy:
+        backend = RemoteBackend(URL(proxy.url), sleep=no_wait, policy=RetryPolicy.none())
+        proxy.faults = ResetAfter()
+        with pytest.raises(TransportError) as caught:
+            await ASKS[verb](backend)
+        assert caught.value.maybe_applied is (verb in {"clear", "claim", "release"})
+        assert caught.value.verb == verb
+        await backend.aclose()
+
+
+@every_ask
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"{}", b'{"count":-1,"deleted":true,"keys":{},"held":1,"released":"yes"}', b"[" * 100_000],
+    ids=["empty", "list", "nothing", "types", "deep"],
+)
+async def test_answer_that_lies_is_an_error(verb: str, body: bytes) -> None:
+    service = ExtensionService()
+
+    async def lie(_: web.BaseRequest) -> web.Response:
+        return service.respond(200, body)
+
+    async with connected(service) as backend:
+        service.override = lie
+        with pytest.raises(ResponseError) as caught:
+            await ASKS[verb](backend)
+        assert caught.value.maybe_applied is (verb in {"clear", "claim", "release"})
+
+
+async def test_owner_of_a_claim_is_masked_in_what_the_service_says() -> None:
+    service = ExtensionService()
+
+    async def echo(request: web.BaseRequest) -> web.Response:
+        return service.respond(400, error_body(f"cannot take {request.raw_path}"))
+
+    async with connected(service) as backend:
+        service.override = echo
+        for ask in (backend.claim("db", "k", OWNER, 5.0), backend.release("db", "k", OWNER)):
+            with pytest.raises(RejectedError, match=r"\*\*\*") as caught:
+                await ask
+            assert OWNER not in all_texts(caught.value)
+
+
+@every_ask
+async def test_refused_token_is_renewed_once(verb: str) -> None:
+    service = ExtensionService()
+    tokens: list[str] = []
+
+    async def check(request: web.BaseRequest) -> web.Response | None:
+        if request.path == TOKEN_PATH:
+            tokens.append(f"t{len(tokens)}")
+            return web.json_response({"token": tokens[-1], "token_type": "Bearer", "expires_at": "2100-01-01T00:00:00Z"})
+        return None if request.headers["Authorization"] == "Bearer t1" else service.respond(401, error_body("old token"))
+
+    service.override = check
+    async with ScriptedService(handler=service.answer) as scripted:
+        backend = RemoteBackend(URL(scripted.url), credentials="id:secret", sleep=no_wait)
+        await ASKS[verb](backend)
+        assert tokens == ["t0", "t1"]
+        await backend.aclose()
+
+
+@every_ask
+async def test_refusal_for_want_of_credentials_is_not_unsupported(verb: str) -> None:
+    async def refuse(_: web.BaseRequest) -> web.Response:
+        return web.Response(status=403, body=error_body("not you"))
+
+    async with ScriptedService(handler=refuse) as scripted:
+        backend = RemoteBackend(URL(scripted.url))
+        with pytest.raises(AuthenticationError, match="not you"):
+            await ASKS[verb](backend)
+        await backend.aclose()
+
+
+@pytest.mark.parametrize("url", ["https://kv.fal.media", "https://rest.fal.ai"])
+async def test_fals_hosts_are_never_asked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("something was sent")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", refuse)
+    backend = RemoteBackend(URL(url), credentials="id:secret")
+    assert capabilities_of(backend) == Capabilities()
+    for ask in ASKS.values():
+        with pytest.raises(UnsupportedError) as caught:
+            await ask(backend)
+        assert not caught.value.attempts
+    with pytest.raises(UnsupportedError):
+        await anext(backend.watch("db"))
+    await backend.aclose()
+
+
+async def test_other_hosts_have_all_abilities_until_they_say_otherwise() -> None:
+    backend = RemoteBackend(URL("http://127.0.0.1:9"))
+    assert capabilities_of(backend) == Capabilities(backend, backend, backend, backend)
+    other = backend.with_options(RetryPolicy(), None)
+    assert capabilities_of(other).batch is other
+    await backend.aclose()
+
+
+def test_header_of_a_host_that_is_not_trusted_does_not_count() -> None:
+    extensions = Extensions(is_trusted=False)
+    extensions.learn("batch, scan")
+    assert not extensions.has_batch
+
+
+async def test_what_one_view_learns_the_others_know() -> None:
+    service = ExtensionService()
+    async with connected(service, is_known=False) as backend:
+        other = backend.with_options(RetryPolicy(), None)
+        await other.get("db", "learn")
+        assert await backend.set_many("db", [Entry("a", "1", 60), Entry("b", "2", 60)]) == [None, None]
+    assert service.asked == ["GET get", "POST batch"]
+
+
+async def test_address_with_a_prefix_keeps_it() -> None:
+    service = ExtensionService()
+    paths: list[str] = []
+
+    async def note(request: web.BaseRequest) -> web.Response:
+        paths.append(request.raw_path)
+        return service.respond(404, error_body("no"))
+
+    service.override = note
+    async with connected(service, is_known=False, through=lambda url: f"{url}/a%20prefix/") as backend:
+        for ask in ASKS.values():
+            with pytest.raises(CallError):
+                await ask(backend)
+        with pytest.raises(CallError):
+            await anext(backend.watch("d b"))
+    assert [path.partition("?")[0] for path in paths] == [
+        "/a%20prefix/keys/db",
+        "/a%20prefix/count/db",
+        "/a%20prefix/keys/db",
+        "/a%20prefix/claims/db/p",
+        "/a%20prefix/claims/db/p",
+        "/a%20prefix/watch/d%20b",
+    ]
