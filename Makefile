@@ -21,7 +21,7 @@ help:
 	@echo "make test    run every test, and those of the cache and the store with eager tasks on Python $(EAGER_VERSIONS)"
 	@echo "make lint    check format, types and import directions"
 	@echo "make fix     apply what the formatter and the linter can fix"
-	@echo "make bench   measure: the client, durable sets, batches, imports, the decorator and its correctness, stampedes, faults, the server"
+	@echo "make bench   measure: the client, durable sets, batches, imports, the decorator and its correctness, stampedes, faults, servers, engines"
 
 $(DEMO_VENV)/.installed: pyproject.toml
 	@echo "Installing aiokv into $(DEMO_VENV) ..."
@@ -89,6 +89,9 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/faults.py --plot faults.png
 	$(BIN)/python benchmarks/batches.py
 	$(BIN)/python benchmarks/server.py --plot server.png
+	$(BIN)/python benchmarks/failover.py
+	$(BIN)/python benchmarks/engines.py --json engines.json --plot engines.svg
+	$(BIN)/python benchmarks/scale.py --figures engines.json --plot scale.svg
 
 clean:
 	rm -rf $(VENV) $(BASE_VENV) $(DEMO_VENV) .venv-3.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist .coverage*

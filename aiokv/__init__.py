@@ -7,6 +7,7 @@ from aiokv.backends.capabilities import KeyInfo
 from aiokv.backends.http.hedge import HedgePolicy
 from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import RetryPolicy
+from aiokv.backends.redis.options import RedisOptions
 from aiokv.backends.watching import Changed, Lost
 from aiokv.changes import Changes
 from aiokv.claiming import Claim
@@ -89,6 +90,7 @@ __all__ = [
     "Observer",
     "Peeked",
     "PoolTimeoutError",
+    "RedisOptions",
     "RejectedError",
     "ResponseError",
     "RetryPolicy",

@@ -221,10 +221,12 @@ def _parse_entry(item: object, db_name: str) -> Entry:
     check_value(value)
     if ttl is None:
         raise ValueError("ttl must be a number of seconds; leave it out for 30 days")
-    if isinstance(ttl, float) and ttl.is_integer():
-        # In JSON 60.0 is a whole number, too.
-        return Entry(key, value, check_ttl(int(ttl)))
-    return Entry(key, value, check_ttl(ttl))
+    return Entry(key, value, check_ttl(_whole(ttl)))
+
+
+def _whole(number: Any) -> Any:
+    # In JSON 60.0 is a whole number, too.
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def _errors_member(faults: Mapping[int, Fault], *, is_write: bool = False) -> dict[str, Any]:

@@ -24,7 +24,8 @@ An expiring key-value store over HTTP.
 """
 
 _URL_HELP = (
-    "the store: https://host, http://127.0.0.1:8787, sqlite:///kv.db, memory:// (default: AIOKV_URL, else fal's service)"
+    "the store: https://host, http://127.0.0.1:8787, sqlite:///kv.db, redis://host, memory:// "
+    "(default: AIOKV_URL, else fal's service)"
 )
 
 

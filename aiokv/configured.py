@@ -16,6 +16,7 @@ from aiokv.backends.http.hedge import HedgePolicy
 from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import RetryPolicy
 from aiokv.backends.observed import ObservedBackend
+from aiokv.backends.redis.options import RedisOptions
 from aiokv.backends.registry import (
     canonical_url,
     check_url,
@@ -55,6 +56,7 @@ class ConfiguredStore:
         retry: RetryPolicy | None = None,
         http: HttpOptions | None = None,
         hedge: bool | HedgePolicy = False,
+        redis: RedisOptions | None = None,
         observer: Observer | None = None,
         concurrency: int = DEFAULT_CONCURRENCY,
     ) -> None:
@@ -63,14 +65,14 @@ class ConfiguredStore:
             check_url(url)
         if backend is not None:
             check_backend(backend)
-            refuse_with_backend(url=url, credentials=credentials, retry=retry, http=http, hedge=hedge or None)
+            refuse_with_backend(url=url, credentials=credentials, retry=retry, http=http, hedge=hedge or None, redis=redis)
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise ValueError(f"concurrency must be an int of 1 or more, not {concurrency!r}")
         _check_observer(observer)
         self._db_name = db_name
         self._url = url
         self._backend = backend
-        self._client = ClientOptions.of_arguments(credentials, retry, http, hedge)
+        self._client = ClientOptions.of_arguments(credentials, retry, http, hedge, redis)
         self._observer = observer
         self._concurrency = concurrency
         if backend is None:
@@ -206,7 +208,7 @@ class ConfiguredStore:
 
     def _sharing_key(self, target: Target) -> Hashable:
         pools = self._backend is None and check_url(target.url).with_client_options is not None
-        return (target.connection, self._client.http if pools else None)
+        return (target.connection, (self._client.http, self._client.redis) if pools else None)
 
 
 # The last loop that the store was used in, the fork generation, the backend there and what it can do. One tuple, so that

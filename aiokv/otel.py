@@ -31,7 +31,7 @@ COMPUTATION_BUCKETS_SECONDS = (*OPERATION_BUCKETS_SECONDS, 50.0, 100.0, 500.0)
 
 _SCOPE = "aiokv"
 _MAX_SPAN_NAME_CHARS = 255
-_DEFAULT_PORTS = {"http": 80, "https": 443}
+_DEFAULT_PORTS = {"http": 80, "https": 443, "redis": 6379, "rediss": 6379, "valkey": 6379, "valkeys": 6379}
 
 _SYSTEMS = {"sqlite": "sqlite", "redis": "redis", "rediss": "redis", "valkey": "valkey", "valkeys": "valkey"}
 _OF_PREFIXES = {"keys", "count", "clear"}

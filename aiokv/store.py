@@ -33,11 +33,12 @@ class AsyncKVStore(ConfiguredStore):
             else fal's service, at the first call.
         backend: Any object with the four methods of `Backend`, in place of a URL. Whoever made it closes it: `aclose` of the
             store does not. The store works in every event loop and process that the backend works in.
-        credentials: For `http(s)` URLs: `"<id>:<secret>"`, or an object with `async def authorization(self) -> str`.
+        credentials: For `http(s)` URLs and Redis: `"<id>:<secret>"`, or an object with `async def authorization(self) -> str`.
             None takes fal's own credentials for fal's hosts, and the environment's `AIOKV_KEY` for any other.
-        retry: For `http(s)` URLs: attempts, timeouts and waits.
+        retry: For `http(s)` URLs and Redis: attempts, timeouts and waits.
         http: For `http(s)` URLs: the connection pool.
         hedge: For `http(s)` URLs: whether a `get` that is late is sent a second time, and when; `True` takes the defaults.
+        redis: For stores on Redis and Valkey: durability and connections.
         observer: Any function of one argument, called with each event of each call, such as
             `aiokv.otel.OpenTelemetryObserver()`.
         concurrency: How many calls a `*_many` method makes at once, 1 or more; of batches 4 at most.

@@ -141,20 +141,23 @@ def is_installed(name: str) -> bool:
     return shutil.which(name) is not None or importlib.util.find_spec(name.replace("-", "_")) is not None
 
 
-def _popen(arguments: Sequence[str | Path], folder: Path, name: str, **environment: str) -> "subprocess.Popen[str]":
+def start_process(arguments: Sequence[str | Path], folder: Path, name: str, **environment: str) -> "subprocess.Popen[str]":
+    """Start a process in a folder, with its output in a log there."""
     with (folder / f"{name}.log").open("w") as log:
         return subprocess.Popen(
             [*map(str, arguments)], cwd=folder, stdout=log, stderr=log, text=True, env={**os.environ, **environment}
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens at."""
     with socket.create_server((HOST, 0)) as listening:
         port: int = listening.getsockname()[1]
         return port
 
 
-def _wait_for(port: int, process: "subprocess.Popen[str]") -> None:
+def wait_for(port: int, process: "subprocess.Popen[str]") -> None:
+    """Wait until a process listens; raise where it ends before that, or takes too long."""
     command = " ".join(process.args) if isinstance(process.args, list) else process.args
     deadline = time.monotonic() + _START_SECONDS
     while True:
@@ -172,7 +175,7 @@ def _aiokv(store: str, *flags: str, uvloop: bool = True, access: bool = False, t
     """Return what starts `aiokv serve` with every bound at its default."""
 
     def start(folder: Path) -> Running:
-        port = _free_port()
+        port = free_port()
         arguments = ["serve", "--port", str(port), "--store", store, *flags]
         key = ""
         if access:
@@ -187,9 +190,9 @@ def _aiokv(store: str, *flags: str, uvloop: bool = True, access: bool = False, t
         # A module that is None cannot be imported, as one that is not installed.
         hidden = "" if uvloop else "sys.modules['uvloop'] = None; "
         program = f"import sys; {hidden}from aiokv.cli import main; sys.exit(main())"
-        process = _popen([sys.executable, "-c", program, *arguments], folder, "aiokv")
+        process = start_process([sys.executable, "-c", program, *arguments], folder, "aiokv")
         running = Running([process], port, is_tls=tls, calls=_ENTRIES)
-        _wait_for(port, process)
+        wait_for(port, process)
         if access:
             connection = running.connect()
             connection.request("POST", "/storage/auth/token", headers={"Authorization": f"Key {key}"})
@@ -200,12 +203,12 @@ def _aiokv(store: str, *flags: str, uvloop: bool = True, access: bool = False, t
 
 
 def _webdis(folder: Path) -> Running:
-    redis_port, port = _free_port(), _free_port()
+    redis_port, port = free_port(), free_port()
     # Without snapshots and log: nothing of it is on a disk.
-    redis = _popen(
+    redis = start_process(
         ["redis-server", "--bind", HOST, "--port", str(redis_port), "--save", "", "--appendonly", "no"], folder, "redis"
     )
-    _wait_for(redis_port, redis)
+    wait_for(redis_port, redis)
     settings = {
         "redis_host": HOST,
         "redis_port": redis_port,
@@ -217,13 +220,13 @@ def _webdis(folder: Path) -> Running:
         "logfile": str(folder / "webdis.txt"),
     }
     (folder / "webdis.json").write_text(json.dumps(settings))
-    webdis = _popen(["webdis", "webdis.json"], folder, "webdis")
-    _wait_for(port, webdis)
+    webdis = start_process(["webdis", "webdis.json"], folder, "webdis")
+    wait_for(port, webdis)
     return Running([redis, webdis], port, calls=_WEBDIS)
 
 
 def _nginx(folder: Path) -> Running:
-    port = _free_port()
+    port = free_port()
     (folder / "nginx.conf").write_text(f"""
 daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
 events {{ worker_connections 4096; }}
@@ -234,8 +237,8 @@ http {{
   server {{ listen {HOST}:{port} reuseport; location / {{ default_type application/json; return 200 '{BODY.decode()}'; }} }}
 }}
 """)
-    process = _popen(["nginx", "-p", folder, "-c", folder / "nginx.conf", "-e", folder / "error.log"], folder, "nginx")
-    _wait_for(port, process)
+    process = start_process(["nginx", "-p", folder, "-c", folder / "nginx.conf", "-e", folder / "error.log"], folder, "nginx")
+    wait_for(port, process)
     return Running([process], port)
 
 
@@ -243,10 +246,10 @@ def _python(name: str, *arguments: str) -> Callable[[Path], Running]:
     """Return what starts a server in Python; `PORT` stands for its port."""
 
     def start(folder: Path) -> Running:
-        port, here = _free_port(), Path(__file__).resolve().parent
+        port, here = free_port(), Path(__file__).resolve().parent
         given = [argument.replace("PORT", str(port)).replace("HERE", str(here)) for argument in arguments]
-        process = _popen([sys.executable, *given], folder, name, PYTHONPATH=str(here))
-        _wait_for(port, process)
+        process = start_process([sys.executable, *given], folder, name, PYTHONPATH=str(here))
+        wait_for(port, process)
         return Running([process], port)
 
     return start

@@ -2,8 +2,9 @@
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from helpers import FakeClock
@@ -11,6 +12,9 @@ from hypothesis import settings
 
 from aiokv.backends.http.availability import reset_hosts
 from aiokv.backends.http.retry import reset_quotas
+
+if TYPE_CHECKING:
+    from redis_servers import RedisCluster, RedisServer
 
 # Machines differ in speed; the time limit of a test is pytest's. Derandomised, so that a failure is the same everywhere.
 settings.register_profile("aiokv", deadline=None, derandomize=True, print_blob=True)
@@ -51,6 +55,8 @@ def no_credentials_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_fac
     home = tmp_path_factory.mktemp("home")
     for name in (
         "AIOKV_KEY",
+        "AIOKV_REDIS_PASSWORD",
+        "AIOKV_REDIS_USERNAME",
         "AIOKV_URL",
         "FAL_CONFIG_PATH",
         "FAL_FORCE_AUTH_BY_USER",
@@ -78,3 +84,21 @@ def hosts_like_new() -> None:
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> "Generator[RedisServer]":
+    """One server of Redis or Valkey for all tests; each empties it first."""
+    from redis_servers import running_redis  # noqa: PLC0415 (few tests need it)
+
+    with running_redis() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster() -> "Generator[RedisCluster]":
+    """One cluster for all tests; each empties it first, and breaks nothing."""
+    from redis_servers import running_cluster  # noqa: PLC0415 (likewise)
+
+    with running_cluster() as cluster:
+        yield cluster

@@ -95,7 +95,7 @@ def test_policy_of_the_readme_is_that_of_the_code() -> None:
         ),
         (
             [
-                *("batches.py", "--only", "at once", "bulk", "--rounds", "1", "--calls", "640", "--keys", "2000"),
+                *("batches.py", "--only", "at once", "bulk", "--rounds", "1", "--calls", "128", "--keys", "1000"),
                 *("--folder", "{home}", "--json", "{home}/batches.json"),
             ],
             r"(?s)64 gets at once: .* aim: .*Keys in bulk: .* aim: .*json: ",

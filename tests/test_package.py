@@ -86,6 +86,10 @@ async def main():
     await use(f"sqlite:///{sys.argv[1]}/kv.db")
 asyncio.run(main())
 try:
+    asyncio.run(use("redis://127.0.0.1:1"))
+except ConfigurationError as error:
+    assert "pip install 'aiokv[redis]'" in str(error)
+try:
     from aiokv.server import running_server
 except ConfigurationError as error:
     assert "pip install 'aiokv[server]'" in str(error)

@@ -199,7 +199,20 @@ class Gauges(NamedTuple):
 
 
 @runtime_checkable
-class HostedBackend(Protocol):
+class CheckedBackend(Protocol):
+    """A backend that can tell whether it is well."""
+
+    async def health(self) -> str | None:
+        """Try whether a write would succeed now.
+
+        Returns:
+            None where it would, else the reason, for a person: no value, no secret.
+        """
+        ...
+
+
+@runtime_checkable
+class HostedBackend(CheckedBackend, Protocol):
     """What a server asks of a backend beside its values: room, health and figures."""
 
     def usage(self, account: str) -> Usage:
@@ -211,14 +224,6 @@ class HostedBackend(Protocol):
         Returns:
             The usage, those of other processes of the same store included; zero before the store is open. Writes that have not
             been answered are not in it.
-        """
-        ...
-
-    async def health(self) -> str | None:
-        """Try whether a write would succeed now.
-
-        Returns:
-            None where it would, else the reason, for a person: no value, no secret.
         """
         ...
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from aiokv.backends.base import Backend, check_backend
 from aiokv.backends.memory import MemoryBackend
+from aiokv.backends.redis.urls import SCHEMES as REDIS_SCHEMES
+from aiokv.backends.redis.urls import parse_url
 from aiokv.backends.scheme import ClientOptions, Scheme
 from aiokv.errors import AioKVError, ConfigurationError, truncated
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from urllib.parse import SplitResult
 
     from yarl import URL
+
+    from aiokv.backends.redis.backend import RedisBackend
 
 DEFAULT_URL = "https://kv.fal.media"
 ENTRY_POINT_GROUP = "aiokv.backends"
@@ -54,8 +58,9 @@ def check_url(url: str) -> Scheme:
     """Check a store's URL, without I/O.
 
     Args:
-        url: `http(s)://host[:port][/prefix]`, `sqlite:///relative`, `sqlite:////absolute`, `memory://[name]`, or a URL of a
-            scheme that an installed package adds.
+        url: `http(s)://host[:port][/prefix]`, `sqlite:///relative`, `sqlite:////absolute`, `memory://[name]`,
+            `redis://host:port`, `redis+cluster://host1:port,host2:port`, `redis+sentinel://host1:port,host2:port/name`
+            (`rediss`, `valkey` and `valkeys` likewise), or a URL of a scheme that an installed package adds.
 
     Returns:
         The row of its scheme.
@@ -82,7 +87,9 @@ def check_url(url: str) -> Scheme:
             f"or what an installed package adds (entry point group {ENTRY_POINT_GROUP})"
         )
     if "@" in parts.netloc:
-        raise ConfigurationError("url must not hold credentials; pass credentials='<id>:<secret>' or set AIOKV_KEY")
+        raise ConfigurationError(
+            f"url must not hold credentials; pass credentials='<id>:<secret>' or set {scheme.credentials_variable}"
+        )
     if parts.query or parts.fragment or url.endswith(("?", "#")):
         # Not repeated: a query may hold a secret.
         raise ConfigurationError(f"url must not have a query or a fragment; {_known_forms()}")
@@ -116,7 +123,9 @@ def preload(url: str) -> None:
     """
     import_module("urllib.parse")
     scheme = _SCHEMES.get(url.partition(":")[0].lower())
-    if scheme is not None and scheme.module is not None:
+    if scheme is _REDIS:
+        _redis_backend()
+    elif scheme is not None and scheme.module is not None:
         import_module(scheme.module)
 
 
@@ -311,6 +320,43 @@ def _with_http_options(backend: Backend, options: ClientOptions) -> Backend:
     return backend.with_options(options.retry, options.hedge) if isinstance(backend, RemoteBackend) else backend
 
 
+def _check_redis(url: str, _parts: "SplitResult") -> None:
+    parse_url(url)
+
+
+def _canonical_redis(url: str) -> str:
+    return str(parse_url(url))
+
+
+def _open_redis(url: str, options: ClientOptions) -> Backend:
+    backend = _redis_backend()
+    return backend(parse_url(url), credentials=options.credentials, policy=options.retry, options=options.redis)
+
+
+def _with_redis_options(backend: Backend, options: ClientOptions) -> Backend:
+    kind = _redis_backend()
+    return backend.with_options(options.retry, options.redis) if isinstance(backend, kind) else backend
+
+
+def _redis_backend() -> "type[RedisBackend]":
+    try:
+        from aiokv.backends.redis.backend import RedisBackend  # noqa: PLC0415
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "redis":
+            raise
+        raise ConfigurationError("a store on Redis or Valkey needs redis-py: pip install 'aiokv[redis]'") from error
+    return RedisBackend
+
+
+_REDIS = Scheme(
+    open=_open_redis,
+    check=_check_redis,
+    canonical=_canonical_redis,
+    with_client_options=_with_redis_options,
+    takes_credentials=True,
+    credentials_variable="AIOKV_REDIS_PASSWORD",
+    example="redis://host:6379, redis+cluster://host1:6379,host2:6379, redis+sentinel://host1,host2/name (valkey alike)",
+)
 _HTTP = Scheme(
     open=_open_http,
     check=_check_http,
@@ -331,6 +377,7 @@ _SCHEMES = {
         module="aiokv.backends.sqlite",
         example="sqlite:///kv.db (relative), sqlite:////path/kv.db (absolute)",
     ),
+    **dict.fromkeys(REDIS_SCHEMES, _REDIS),
     "memory": Scheme(
         open=_open_memory,
         check=_check_memory,

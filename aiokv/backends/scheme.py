@@ -8,6 +8,7 @@ from aiokv.backends.base import Backend, HostingOptions
 from aiokv.backends.http.hedge import HedgePolicy
 from aiokv.backends.http.options import Credentials, HttpOptions, check_key_form
 from aiokv.backends.http.retry import RetryPolicy
+from aiokv.backends.redis.options import RedisOptions
 from aiokv.record import Record
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class ClientOptions(Record, kw_only=True):
         credentials: `"<id>:<secret>"`, an object with `authorization`, or None for those of the environment.
         retry: Attempts, timeouts and waits.
         http: The connection pool.
+        redis: Durability and connections.
         hedge: When a late read is sent a second time; None never.
         hosting: What a server asks of the file that holds its values; None where the values are a program's own.
 
@@ -32,6 +34,7 @@ class ClientOptions(Record, kw_only=True):
     credentials: str | Credentials | None = None
     retry: RetryPolicy = RetryPolicy()
     http: HttpOptions = HttpOptions()
+    redis: RedisOptions = RedisOptions()
     hedge: HedgePolicy | None = None
     hosting: HostingOptions | None = None
 
@@ -47,6 +50,8 @@ class ClientOptions(Record, kw_only=True):
             raise TypeError(f"retry must be a RetryPolicy, not {type(self.retry).__name__}")
         if not isinstance(self.http, HttpOptions):
             raise TypeError(f"http must be HttpOptions, not {type(self.http).__name__}")
+        if not isinstance(self.redis, RedisOptions):
+            raise TypeError(f"redis must be RedisOptions, not {type(self.redis).__name__}")
 
     @classmethod
     def of_arguments(
@@ -55,6 +60,7 @@ class ClientOptions(Record, kw_only=True):
         retry: RetryPolicy | None,
         http: HttpOptions | None,
         hedge: bool | HedgePolicy,  # noqa: FBT001 (as a store's caller passes it)
+        redis: RedisOptions | None = None,
     ) -> Self:
         """Build the options from the arguments of a store.
 
@@ -63,6 +69,7 @@ class ClientOptions(Record, kw_only=True):
             retry: As for the class; None takes the default.
             http: As for the class; None takes the default.
             hedge: True takes the default policy, False none.
+            redis: As for the class; None takes the default.
 
         Returns:
             The options, checked.
@@ -72,6 +79,7 @@ class ClientOptions(Record, kw_only=True):
             retry=cls.retry if retry is None else retry,
             http=cls.http if http is None else http,
             hedge=_hedge_policy(hedge),
+            redis=cls.redis if redis is None else redis,
         )
 
     def derive(
@@ -107,6 +115,7 @@ class Scheme(Record, kw_only=True):
         with_client_options: Return the view of a shared backend that obeys other `retry` and `hedge`; None where `retry`,
             `http` and `hedge` mean nothing to the backend.
         takes_credentials: Whether `credentials` mean something to the backend.
+        credentials_variable: The variable of the environment that can hold them, for messages.
         takes_quick_check: Whether the backend obeys `hosting.quick_check`; elsewhere that option is refused.
         module: A module to import ahead of the first call, or None.
         example: How such a URL is written, for messages.
@@ -117,6 +126,7 @@ class Scheme(Record, kw_only=True):
     canonical: Callable[[str], str] = str
     with_client_options: Callable[[Backend, ClientOptions], Backend] | None = None
     takes_credentials: bool = False
+    credentials_variable: str = "AIOKV_KEY"
     takes_quick_check: bool = False
     module: str | None = None
     example: str = ""

@@ -261,8 +261,10 @@ class Committer:
             connection = self._connected()
             # Writes wait for the sweep, so the sweep waits for no lock.
             connection.execute("PRAGMA busy_timeout = 0")
-            with sqlite_changes.untold(connection):
-                deleted = connection.execute(sqlite_schema.SWEEP, (self._clock(), limit)).rowcount
+            now, deleted = self._clock(), 0
+            if connection.execute(sqlite_schema.HAS_EXPIRED, (now,)).fetchone() is not None:
+                with sqlite_changes.untold(connection):
+                    deleted = connection.execute(sqlite_schema.SWEEP, (now, limit)).rowcount
             self._figures.expired += deleted
             sqlite_changes.tidy(connection)
             if deleted or has_written:

@@ -87,7 +87,7 @@ class DeleteMany(Job):
 
     def apply(self, connection: sqlite3.Connection, now: float) -> None:  # noqa: ARG002
         """Delete the entries."""
-        connection.executemany(sqlite_schema.WRITES["delete"], zip(itertools.repeat(self.db_name), self._keys, strict=False))
+        connection.executemany(sqlite_schema.WRITES["delete"], ((self.db_name, key) for key in sorted(self._keys)))
 
     def most_bytes(self) -> int:
         """Return 0: deletes go on below the floor."""

@@ -94,6 +94,7 @@ WRITES: Final = {
     "delete": "DELETE FROM entries_v2 WHERE db_name = ? AND key = ?",
     "probe": "INSERT INTO probe (id, written_at) VALUES (1, ?) ON CONFLICT (id) DO UPDATE SET written_at = excluded.written_at",
 }
+HAS_EXPIRED = "SELECT 1 FROM entries_v2 WHERE expires_at <= ? LIMIT 1"
 SWEEP = "DELETE FROM entries_v2 WHERE rowid IN (SELECT rowid FROM entries_v2 WHERE expires_at <= ? LIMIT ?)"
 FORGET_EMPTY_ACCOUNTS = "DELETE FROM usage WHERE entries = 0"
 USAGE = "SELECT value_bytes, entries FROM usage WHERE account = ?"

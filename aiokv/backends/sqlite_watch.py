@@ -111,6 +111,7 @@ class Watcher:
         self._watches: dict[str, dict[Watch, int | None]] = {}
         self._registered: dict[str, int] = {}
         self._registrations = 0
+        self._is_complete = False
         self._renewal: Renewal | None = None
         self._next_attempt = self._next_renewal = self._next_alive = 0.0
         self._identity: sqlite_file.Identity | None = None
@@ -124,7 +125,10 @@ class Watcher:
         self._watches.setdefault(db_name, {})[watch] = None
         if self._task is None or self._task.done():
             self._task = self._loop.create_task(self._run(), name=f"aiokv-sqlite watch {self._path.name}")
+        elif db_name in self._registered:
+            self._begin(db_name)
         elif self._identity is not None:
+            self._is_complete = False
             self._register()
         return watch
 
@@ -143,6 +147,7 @@ class Watcher:
 
     async def _run(self) -> None:
         self._registered.clear()
+        self._is_complete = False
         self._identity = self._position = self._version = None
         self._next_attempt = self._next_renewal = 0.0
         try:
@@ -180,15 +185,13 @@ class Watcher:
                 self._submit(Farewell(self._id, db_name))
 
     def _register(self) -> None:
-        """Ask for leases where some are missing or old; tell watches of namespaces that have one that they have begun."""
-        for db_name in self._registered:
-            self._begin(db_name)
-        now, wanted = self._loop.time(), frozenset(self._watches)
-        is_due = now >= self._next_renewal or (now >= self._next_attempt and not wanted <= self._registered.keys())
+        """Ask for leases where some are missing or old."""
+        now = self._loop.time()
+        is_due = now >= self._next_renewal or (not self._is_complete and now >= self._next_attempt)
         if self._renewal is not None or not is_due:
             return
         self._registrations += 1
-        self._renewal = renewal = Renewal(Watching(self._id, self._registrations, self._position), wanted)
+        self._renewal = renewal = Renewal(Watching(self._id, self._registrations, self._position), frozenset(self._watches))
         renewal.done = functools.partial(self._on_renewed, renewal)
         try:
             self._submit(renewal)
@@ -210,11 +213,9 @@ class Watcher:
             self._position = renewal.last
         self._lose_unless(renewal.registered)
         # Every write that commits from now on is in the log: writers take turns.
-        self._registered = {
-            db_name: number
-            for db_name, number in renewal.registered.items()
-            if db_name in renewal.db_names & self._watches.keys()
-        }
+        wanted = renewal.db_names & self._watches.keys()
+        self._registered = {db_name: number for db_name, number in renewal.registered.items() if db_name in wanted}
+        self._is_complete = self._registered.keys() == self._watches.keys()
         for db_name in self._registered:
             self._begin(db_name)
 
@@ -233,6 +234,7 @@ class Watcher:
             del self._registered[db_name]
             watches = self._watches[db_name]
             watches.update({watch: _LOST for watch, start in watches.items() if start is not None})
+            self._is_complete = False
             self._next_attempt = 0.0
         return bool(gone)
 

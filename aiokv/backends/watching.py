@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple, Self
 
+from aiokv.record import Record
+
 MAX_QUEUED_CHANGES: Final = 10_000
 """Most changes that wait for a reader; beyond them all are dropped for one `Lost`."""
 
@@ -19,11 +21,11 @@ class Changed(NamedTuple):
     is_delete: bool = False
 
 
-class Lost(NamedTuple):
+class Lost(Record):
     """Changes before this one may be missing: what was read from the store earlier may be outdated. Later ones come."""
 
 
-class Alive(NamedTuple):
+class Alive(Record):
     """Every change that was committed more than `HEARTBEAT_SECONDS` ago has been told."""
 
 

@@ -197,6 +197,13 @@ class AccessFile:
         """
         return self._limits.get(account, self._default_limits)
 
+    def has_stored_quotas(self) -> bool:
+        """Return whether an account has a limit of what it stores."""
+        return any(
+            limits.max_stored_bytes is not None or limits.max_stored_entries is not None
+            for limits in (self._default_limits, *self._limits.values())
+        )
+
     def reload(self) -> None:
         """Read the file now, and log where it cannot be used; without this it is looked at once a second, while calls come."""
         self._next_check = self._next_failure_line = 0.0

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 
+from aiokv.backends.redis.options import DURABILITIES
 from aiokv.record import Record
 
 Reader = Callable[[object], object]
@@ -46,6 +47,12 @@ def _read_text(raw: object) -> str:
     if not isinstance(raw, str) or not raw or "\0" in raw:
         raise ValueError
     return raw
+
+
+def _read_durability(raw: object) -> str:
+    if raw not in DURABILITIES:
+        raise ValueError
+    return str(raw)
 
 
 def _read_whole(raw: object) -> int:
@@ -111,3 +118,4 @@ NUMBER = Kind("N", "a number", _read_number)
 SIZE = Kind("SIZE", "a size (such as 64MiB, 1.9MB or 4096)", read_size)
 SECONDS = Kind("SECONDS", "a number of seconds", _read_number)
 FLAG = Kind("", "true or false", _read_flag, is_free=True)
+DURABILITY = Kind("D", "acked or replicated", _read_durability, is_free=True)

@@ -13,7 +13,7 @@ from typing import Any
 from aiokv.errors import ConfigurationError, truncated
 from aiokv.limits import MAX_VALUE_BYTES
 from aiokv.record import Record
-from aiokv.server.option_kinds import FILE, FLAG, NUMBER, SECONDS, SIZE, TEXT, URL, WHOLE, Kind
+from aiokv.server.option_kinds import DURABILITY, FILE, FLAG, NUMBER, SECONDS, SIZE, TEXT, URL, WHOLE, Kind
 
 MIB = 1024 * 1024
 ENVIRONMENT_PREFIX = "AIOKV_SERVE_"
@@ -28,6 +28,8 @@ class ServerOptions(Record, kw_only=True):
 
     Args:
         store: The URL of the store with the values.
+        durability: Of a store on Redis or Valkey: `acked` where a write has succeeded once the primary has it, `replicated`
+            once a replica has it, too.
         host: The address to bind; anything but loopback needs an access file.
         port: The port, 0 for a free one.
         access_file: The file of the accounts; None lets every program of this machine in.
@@ -60,6 +62,7 @@ class ServerOptions(Record, kw_only=True):
     """
 
     store: str = "sqlite:///kv.db"
+    durability: str = "acked"
     host: str = "127.0.0.1"
     port: int = 8787
     access_file: str | None = None
@@ -377,6 +380,11 @@ def _show(row: _Option, value: object) -> str:
 _GROUPS: dict[str, tuple[_Option, ...]] = {
     "where": (
         _Option("store", URL, "where values live"),
+        _Option(
+            "durability",
+            DURABILITY,
+            "of a Redis store: `acked`, a write has succeeded once the primary has it, or `replicated`",
+        ),
         _Option("host", TEXT, "address to bind; beyond loopback needs --access-file, and --tls-cert or --insecure-http"),
         _Option("port", WHOLE, "port to bind, 0 for a free one", most=65_535),
         _Option("tls_cert", FILE, "PEM certificate chain; without it the server speaks plain HTTP", optional=True),

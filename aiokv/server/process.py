@@ -8,10 +8,11 @@ import socket
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
-from aiokv.backends.base import Backend, HostingOptions
-from aiokv.backends.registry import open_backend
+from aiokv.backends.base import Backend, HostedBackend, HostingOptions
+from aiokv.backends.redis.options import RedisOptions
+from aiokv.backends.registry import open_backend, redacted_url
 from aiokv.backends.scheme import ClientOptions
-from aiokv.errors import AioKVError
+from aiokv.errors import AioKVError, ConfigurationError
 from aiokv.server import seat as seats
 from aiokv.server.access import AccessFile
 from aiokv.server.access_log import AccessLog
@@ -161,8 +162,10 @@ class _Process:
         hosting = HostingOptions(
             min_free_bytes=options.min_free_bytes, ballast_bytes=options.ballast_bytes, quick_check=options.quick_check
         )
-        backend: Backend = open_backend(options.store, ClientOptions(hosting=hosting))
+        redis = RedisOptions(durability=options.durability)
+        backend: Backend = open_backend(options.store, ClientOptions(hosting=hosting, redis=redis))
         try:
+            self._check_quotas(backend)
             if self.waits:
                 await self._may_open.wait()
             # Read once before the address is announced: a store that cannot be opened is an error at the start.
@@ -183,6 +186,18 @@ class _Process:
             await backend.aclose()
             if self._access_log is not None:
                 self._access_log.close()
+
+    def _check_quotas(self, backend: Backend) -> None:
+        """Refuse quotas that nobody could keep."""
+        options = self._options
+        has_quotas = options.max_stored_bytes is not None or options.max_stored_entries is not None
+        if isinstance(backend, HostedBackend) or not (has_quotas or (self._access and self._access.has_stored_quotas())):
+            return
+        raise ConfigurationError(
+            f"the store {redacted_url(options.store)} cannot count what an account stores, so quotas of bytes and entries "
+            "cannot be kept; take max-stored-bytes and max-stored-entries out of the options, and max-bytes and max-entries "
+            "out of the access file, or serve a store that counts, such as sqlite:///kv.db"
+        )
 
     def _listen(self) -> None:
         """Hear signals, and the supervisor where there is one."""

@@ -3,7 +3,7 @@
 import logging
 
 from aiokv import clock
-from aiokv.backends.base import Backend, HostedBackend
+from aiokv.backends.base import Backend, CheckedBackend
 from aiokv.server.access import AccessFile
 from aiokv.server.answers import DONE, RETRY_SOON, Answer, refusal
 from aiokv.server.log_limit import LogLimit
@@ -58,7 +58,7 @@ class Readiness:
         try:
             if self._access is not None and (problem := self._access.health()):
                 return problem
-            if isinstance(self._backend, HostedBackend):
+            if isinstance(self._backend, CheckedBackend):
                 return await self._backend.health()
             await self._backend.get(*READINESS_PROBE)
         except Exception as error:  # noqa: BLE001 (whatever it is, the server is not ready)

@@ -242,6 +242,20 @@ async def test_log_keeps_only_what_a_watcher_has_not_read(tmp_path: Path, monkey
     await backend.aclose()
 
 
+async def test_idle_watch_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "kv.db"
+    backend = SqliteBackend(path, sweep_interval_seconds=0.01)
+    watch = await begun(backend.watch("db"))
+    await backend.set("db", "k", "v", 60)
+    await told(watch)
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        await asyncio.sleep(0.1)
+        before = other.execute("PRAGMA data_version").fetchone()
+        await asyncio.sleep(0.3)
+        assert other.execute("PRAGMA data_version").fetchone() == before
+    await backend.aclose()
+
+
 async def test_expiry_is_no_change_and_clearing_is_one_for_each_key(tmp_path: Path, clock: FakeClock) -> None:
     backend = SqliteBackend(tmp_path / "kv.db", clock=clock, sweep_interval_seconds=0.02)
     await backend.set_many("db", [Entry(f"k{number}", "v", 60) for number in range(50)])

@@ -5,7 +5,7 @@ import collections
 import inspect
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, NewType, Optional, TypedDict, TypeVar
 
@@ -23,6 +23,8 @@ from aiokv import (
     cache_refresh,
     kv_cached_many,
 )
+from aiokv.backends.capabilities import Entry
+from aiokv.backends.memory import MemoryBackend
 from aiokv.caching.many import value_type
 
 store = AsyncKVStore("many", url="memory://cached-many")
@@ -452,3 +454,39 @@ def test_annotation_that_is_no_mapping_is_refused_at_decoration(returns: Any) ->
     many.__annotations__["return"] = returns
     with pytest.raises(TypeError, match=r"the function returns .*mapping from ids to results"):
         kv_cached_many(ttl=60, key=lambda id_: id_)(many)
+
+
+class BatchCounting(MemoryBackend):
+    """Note what is read and stored together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[int] = []
+        self.stored: list[set[int]] = []
+        self.deleted: list[int] = []
+
+    async def get_many(self, db_name: str, keys: Sequence[str]) -> list[Any]:
+        self.read.append(len(keys))
+        return await super().get_many(db_name, keys)
+
+    async def set_many(self, db_name: str, entries: Sequence[Entry]) -> list[None]:
+        self.stored.append({entry.ttl_seconds for entry in entries})
+        return await super().set_many(db_name, entries)
+
+    async def delete_many(self, db_name: str, keys: Sequence[str]) -> list[None]:
+        self.deleted.append(len(keys))
+        return await super().delete_many(db_name, keys)
+
+
+async def test_ids_of_all_lifetimes_are_read_stored_and_deleted_in_one_batch() -> None:
+    backend = BatchCounting()
+
+    @kv_cached_many(ttl=lambda value: value, store=AsyncKVStore("db", backend=backend), key=lambda id_: id_, early=0)
+    async def many(ids: list[int]) -> dict[int, int]:
+        return {id_: 60 * id_ for id_ in ids}
+
+    assert await many([1, 2, 3]) == {1: 60, 2: 120, 3: 180}
+    assert (backend.read, backend.stored) == ([3], [{60, 120, 180}])
+    assert await many([1, 2, 3]) == {1: 60, 2: 120, 3: 180}
+    await many.invalidate([1, 2])
+    assert (backend.read, len(backend.stored), backend.deleted) == ([3, 3], 1, [2])

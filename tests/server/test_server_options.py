@@ -55,6 +55,8 @@ def sample_of(name: str) -> str:
     kind = str(ServerOptions.__annotations__[name])
     if "bool" in kind:
         return "true"
+    if name == "durability":
+        return "replicated"
     if "str" in kind:
         return "sample"
     return {"port": "80", "workers": "3", "max_head_bytes": "65536", "max_bytes_in_flight": "5000000"}.get(name, "7")
@@ -66,7 +68,7 @@ def test_every_option_has_a_flag_a_variable_and_a_key(name: str, tmp_path: Path)
     key = word.replace("_", "-")
     # A key of a certificate needs one.
     flags = parse() if name == "tls_cert" else parse("--tls-cert", "c")
-    (tmp_path / "kv.toml").write_text(f'{key} = "{text}"' if text == "sample" else f"{key} = {text}")
+    (tmp_path / "kv.toml").write_text(f'{key} = "{text}"' if text in {"sample", "replicated"} else f"{key} = {text}")
     by_variable = resolve_options(flags, {f"AIOKV_SERVE_{word.upper()}": text})
     by_key = resolve_options(flags | {"config": str(tmp_path / "kv.toml")}, {})
     by_flag = resolve_options(flags | parse(f"--{key}", *([] if text == "true" else [text])), {})

@@ -198,7 +198,7 @@ def test_credentials_of_another_type_are_refused() -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("redis://h", "unknown scheme 'redis'"),
+        ("disc://h", "unknown scheme 'disc'"),
         ("kv.fal.media", "unknown scheme"),
         ("", "unknown scheme"),
         ("https://", "names no host"),

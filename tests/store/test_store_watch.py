@@ -225,3 +225,9 @@ async def test_store_that_watches_can_be_pickled(tmp_path: Any) -> None:
             assert await next_of(changes) == Lost()
             await store.set("k", "v")
             await until_told(changes, {Changed("k")})
+
+
+def test_lost_and_alive_are_not_each_other() -> None:
+    assert Lost() == Lost()
+    assert Lost() != Alive()
+    assert Lost() != ()

@@ -14,6 +14,7 @@ from aiokv import (
     CallError,
     CallTimeoutError,
     ConnectError,
+    HttpOptions,
     ResponseError,
     RetryPolicy,
     TransportError,
@@ -729,7 +730,9 @@ async def test_set_that_meets_a_fault_fails_as_the_store_says(  # noqa: PLR0913 
 async def test_retries_bring_calls_through_a_flaky_network_and_every_send_is_counted(proxy: FaultProxy) -> None:
     proxy.faults = with_probability(0.2, ResetBefore(), ResetAfter(), Truncate(1), (Latency(1), ResetAfter()), seed=3)
     with disable_backoff():
-        async with AsyncKVStore("db", url=proxy.url, retry=RetryPolicy(attempts=20)) as store:
+        # Each get by itself: in batches there would be fewer requests.
+        http = HttpOptions(batching=False)
+        async with AsyncKVStore("db", url=proxy.url, retry=RetryPolicy(attempts=20), http=http) as store:
 
             async def use(number: int) -> None:
                 await store.set(f"k{number}", str(number))

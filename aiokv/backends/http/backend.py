@@ -104,9 +104,14 @@ class RemoteBackend(Batches):
 
     async def get(self, db_name: str, key: str) -> str | None:
         """Read a value; see `Backend.get`."""
-        if self.extensions.has_batch and self._batches_gets:
-            return await self._groups.get(self, db_name, key)
-        value: str | None = await self.run(self.entry_call("get", db_name, key), self.loop.time())
+        groups = self._groups
+        if groups.under_way and self.extensions.has_batch and self._batches_gets:
+            return await groups.get(self, db_name, key)
+        groups.under_way += 1
+        try:
+            value: str | None = await self.run(self.get_call(db_name, key), self.loop.time())
+        finally:
+            groups.under_way -= 1
         return value
 
     async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
@@ -283,6 +288,6 @@ class _ExtensionCall(Call, Generic[T]):
         self.other_status = _CONFLICT if verb == "claim" else _OK
         self._parse = parse
 
-    def parse(self, answer: Answer, _secrets: object) -> T:
+    def parse(self, answer: Answer, _calls: object, _header: object) -> T:
         """Return what the function makes of the answer."""
         return self._parse(answer)

@@ -264,9 +264,9 @@ class _BatchCall(Call):
         super().__init__(_NAMES[verb], db_name, "", url, "POST", verb != "get", body, values)
         self._count = count
 
-    def parse(self, answer: Answer, secrets: Callable[[], tuple[str, ...]]) -> Any:
+    def parse(self, answer: Answer, calls: Calls, header: str | None) -> Any:
         """Return an outcome for each key."""
-        return (parse_outcomes if self.write else parse_values)(answer.body, self._count, secrets())
+        return (parse_outcomes if self.write else parse_values)(answer.body, self._count, calls.secrets_of_call(self, header))
 
 
 class _Batch:

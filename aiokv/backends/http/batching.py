@@ -8,7 +8,7 @@ import asyncio
 import copy
 import types
 from collections.abc import Generator, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from aiokv.backends.base import is_patient
 from aiokv.backends.capabilities import MAX_BATCH_KEYS, OMITTED
@@ -81,16 +81,19 @@ class GetGroups:
 
     Args:
         running: The groups of several such objects, for `close_groups`.
+
+    Attributes:
+        under_way: How many gets are under way, alone or in groups.
     """
 
     def __init__(self, running: set[Group]) -> None:
         self._loop = asyncio.get_running_loop()
         self._running = running
         self._open: dict[_Place, Group] = {}
-        self._under_way = 0
+        self.under_way = 0
 
     async def get(self, calls: Batches, db_name: str, key: str) -> str | None:
-        """Read a value, alone or with others of this turn; see `Backend.get`.
+        """Read a value while others are under way, together with those of this turn of the loop; see `Backend.get`.
 
         Args:
             calls: The backend.
@@ -104,10 +107,8 @@ class GetGroups:
             CallError: As `Backend.get`.
         """
         started = self._loop.time()
-        self._under_way += 1
+        self.under_way += 1
         try:
-            if self._under_way == 1:
-                return cast("str | None", await calls.run(calls.entry_call("get", db_name, key), started))
             place = (db_name, is_patient.get())
             group = self._open.get(place)
             if group is not None:
@@ -125,13 +126,14 @@ class GetGroups:
                 raise
             if not group.waiting:
                 del self._open[place]
-                return cast("str | None", await calls.run(calls.entry_call("get", db_name, key), started))
+                value: str | None = await calls.run(calls.get_call(db_name, key), started)
+                return value
             future = self._loop.create_future()
             group.join(key, future)
             self._start(calls, place, group)
             return await self._wait(group, future, started)
         finally:
-            self._under_way -= 1
+            self.under_way -= 1
 
     async def _wait(self, group: Group, future: "asyncio.Future[_Told]", started: float) -> str | None:
         try:

@@ -75,12 +75,13 @@ class Call(Request):
         self.body = body
         self.values = values
 
-    def parse(self, answer: Answer, _secrets: Callable[[], tuple[str, ...]]) -> Any:
+    def parse(self, answer: Answer, _calls: "Calls", _header: str | None) -> Any:
         """Make the result of the call of an answer that has status 200 or `other_status`.
 
         Args:
             answer: The answer.
-            _secrets: Return what no message may repeat.
+            _calls: Know what no message may repeat.
+            _header: The Authorization header of the call.
 
         Returns:
             The value of a get, None for a set and a delete.
@@ -139,6 +140,20 @@ class Calls:
         self.policy = policy or RetryPolicy()
         self._timeouts = Timeouts(self.policy)
 
+    def get_call(self, db_name: str, key: str) -> Call:
+        """Make a get.
+
+        Args:
+            db_name: The namespace.
+            key: The key.
+
+        Returns:
+            The call.
+        """
+        # Encoded here: yarl would drop "." segments and decode what it thinks safe.
+        url = self._url.with_path(self._prefix + entry_path("get", db_name, key), encoded=True)
+        return Call("get", db_name, key, url, "GET", False)
+
     def entry_call(self, verb: Verb, db_name: str, key: str, value: str | None = None, ttl_seconds: int = 0) -> Call:
         """Make a get, set or delete.
 
@@ -152,7 +167,6 @@ class Calls:
         Returns:
             The call.
         """
-        # Encoded here: yarl would drop "." segments and decode what it thinks safe.
         url = self._url.with_path(self._prefix + entry_path(verb, db_name, key), encoded=True)
         if value is None:
             return Call(verb, db_name, key, url, METHODS[verb], verb != "get")
@@ -350,22 +364,30 @@ class Calls:
     def _parse_answer(self, call: Call, answer: Answer, header: str | None) -> Any:
         """Return the result of a call that succeeded; check the 200 of a write."""
         try:
-            return call.parse(answer, partial(self._secrets, call, header))
+            return call.parse(answer, self, header)
         except ValueError as error:
             reason = str(error)
         if answer.status != _OK:
             raise self._refused_call(call, answer, header)
         # Not tried again: the next answer would be the same.
-        request_id = id_of_request(answer, self._secrets(call, header))
+        request_id = id_of_request(answer, self.secrets_of_call(call, header))
         raise ResponseError(reason, status=answer.status, request_id=request_id, maybe_applied=call.write)
 
-    def _secrets(self, call: Call, header: str | None) -> tuple[str, ...]:
-        """Return what an answer may echo, and no message may repeat."""
+    def secrets_of_call(self, call: Call, header: str | None) -> tuple[str, ...]:
+        """Return what an answer may echo, and no message may repeat.
+
+        Args:
+            call: The call.
+            header: Its Authorization header.
+
+        Returns:
+            The token, the secrets of the credentials, and the call's values.
+        """
         of_credentials = () if self._tokens is None else self._tokens.secrets
         return (*secrets_of(header), *of_credentials, *call.values)
 
     def _refused_call(self, call: Call, answer: Answer, header: str | None) -> CallError:
-        error = error_of(answer, self._secrets(call, header), write=call.write)
+        error = error_of(answer, self.secrets_of_call(call, header), write=call.write)
         if answer.status in {_UNAUTHORIZED, _FORBIDDEN}:
             if header is None or self._tokens is None:
                 error.reason += "; no credentials were sent: pass credentials='<id>:<secret>' or set AIOKV_KEY"

@@ -91,7 +91,10 @@ class WriteOrder:
         Args:
             turn: What `enter` returned.
         """
-        waiting = turn.previous and {previous for previous in turn.previous if not previous.done()}
+        if not turn.previous:
+            self._end(turn)
+            return
+        waiting = {previous for previous in turn.previous if not previous.done()}
         if not waiting:
             self._end(turn)
             return

@@ -1,6 +1,7 @@
 """Transparent batching: gets of one turn of the loop travel together, and stay apart in all that their callers see."""
 
 import asyncio
+import random
 from collections.abc import Coroutine
 from typing import Any
 
@@ -376,7 +377,7 @@ async def test_batch_is_hedged_like_a_get() -> None:
     service = ExtensionService()
     await fill(service)
     async with connected(service) as backend:
-        hedged = backend.with_options(RetryPolicy(), HedgePolicy(quantile=0.5, max_extra=1.0, min_wait=0.02))
+        hedged = backend.with_options(RetryPolicy.none(), HedgePolicy(quantile=0.5, max_extra=1.0, min_wait=0.02))
         for _ in range(25):
             await hedged.get("db", "k0")
         service.asked.clear()
@@ -390,6 +391,35 @@ async def test_batch_is_hedged_like_a_get() -> None:
         assert await asyncio.gather(*together(hedged, KEYS[:5])) == [f"value of {key}" for key in KEYS[:5]]
         hangs.set()
     assert service.asked.count("POST batch") == 2
+
+
+async def test_gets_that_are_cancelled_at_any_moment_disturb_no_other() -> None:
+    store = MemoryBackend()
+    draw = random.Random(7)
+    async with running_server(store) as address:
+        backend = RemoteBackend(URL(address))
+        for key in KEYS:
+            await store.set("db", key, f"value of {key}", 60)
+        await backend.get("db", "learn")
+
+        async def work() -> None:
+            for _ in range(60):
+                key = draw.choice(KEYS)
+                task = asyncio.create_task(backend.get("db", key))
+                for _ in range(draw.randrange(12)):
+                    await asyncio.sleep(0)
+                if draw.random() < 0.4:
+                    task.cancel()
+                await asyncio.wait([task])
+                assert task.cancelled() or task.result() == f"value of {key}"
+
+        await asyncio.gather(*(work() for _ in range(20)))
+        assert backend._groups.under_way == 0
+        assert not backend._groups._open
+        async with asyncio.timeout(10):
+            while backend._running_groups:
+                await asyncio.sleep(0.001)
+        await backend.aclose()
 
 
 async def test_gets_of_a_store_travel_together_by_default() -> None:

@@ -1,0 +1,1 @@
+"""Bridges to other packages; each module needs the extra that it names."""
