@@ -22,6 +22,9 @@ from aiokv.errors import CallError, StorageError
 T = TypeVar("T")
 
 _MAX_BATCH_WRITES = 1_000
+# A tenth of a commit on most disks. Fewer writers than these gain less than they wait.
+_LINGER_SECONDS = 0.0003
+_LINGERED_FOR = 16
 _MAX_BATCH_CHARS = 16_000_000
 SWEEP_INTERVAL_SECONDS = 5.0
 # Between two sweeps where sets are refused for want of room.
@@ -58,6 +61,8 @@ class Writer:
         self._queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
         self._gathered: list[Write] = []
         self._stopping = False
+        self._writers_at_once = 0
+        """How many writes were being committed or in the queue when the last commit ended."""
         self._reader: sqlite3.Connection | None = None
         self._committer: Committer | None = None
         self.opened: asyncio.Future[sqlite3.Connection] = self._loop.create_future()
@@ -166,7 +171,10 @@ class Writer:
             batch, stopping = self._next_batch(until=next_sweep)
             if batch:
                 with self.writer_lock:
-                    self._call_in_loop(self._tell_all, committer.commit(batch))
+                    outcomes = committer.commit(batch)
+                # Before those who are told can write again.
+                self._writers_at_once = len(batch) + self._queue.qsize()
+                self._call_in_loop(self._tell_all, outcomes)
             if committer.wants_room:
                 next_sweep = min(next_sweep, last_sweep + _ROOM_INTERVAL_SECONDS)
             # Also between batches: a store that is written to all the time must free its space too.
@@ -194,6 +202,9 @@ class Writer:
         size_chars = 0
         try:
             write = self._queue.get(timeout=max(0.0, until - time.monotonic()))
+            if write is not None and _LINGERED_FOR <= self._writers_at_once > self._queue.qsize() + 1:
+                # Whose writes were just committed may be about to write again, and a commit of all costs half of two.
+                time.sleep(_LINGER_SECONDS)
             while write is not None:
                 batch.append(write)
                 size_chars += len(write.value) or write.size_chars

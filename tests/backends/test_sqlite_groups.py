@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aiokv import StoreClosedError
-from aiokv.backends import sqlite_commit
+from aiokv.backends import sqlite_commit, sqlite_writer
 from aiokv.backends.base import QueueingBackend, WouldWaitError
 from aiokv.backends.sqlite import SqliteBackend
 
@@ -135,3 +136,48 @@ def test_group_of_any_sizes_and_deletes_keeps_its_order(tmp_path: Path, writes: 
             assert (usage.entries, usage.value_bytes) == (len(expected), sum(map(len, expected.values())))
 
     asyncio.run(check())
+
+
+async def test_writes_of_those_who_were_just_told_join_those_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    commit = sqlite_commit.Committer.commit
+
+    def count(self: sqlite_commit.Committer, batch: list[Any]) -> object:
+        sizes.append(len(batch))
+        return commit(self, batch)
+
+    monkeypatch.setattr(sqlite_commit.Committer, "commit", count)
+    async with opened(tmp_path / "kv.db") as backend:
+        rounds = 30
+
+        async def write_again_and_again(number: int) -> None:
+            for _ in range(rounds):
+                await backend.set("db", f"k{number}", "v", 60)
+
+        # Two groups that took turns would make commits of half of the tasks.
+        await asyncio.gather(*(write_again_and_again(number) for number in range(64)))
+        assert sum(sizes) == 64 * rounds
+        lingered: list[float] = []
+        monkeypatch.setattr(sqlite_writer.time, "sleep", lingered.append)
+        for _ in range(5):
+            await backend.set("db", "alone", "v", 60)
+        # The first one cannot know that the others are gone.
+        assert len(lingered) <= 1
+
+
+async def test_writer_lingers_for_as_many_writes_as_there_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tmp_path / "kv.db") as backend:
+        writer = backend._writer
+        assert writer is not None
+        lingered: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            lingered.append(seconds)
+
+        monkeypatch.setattr(sqlite_writer.time, "sleep", sleep)
+        for at_once, lingers in ((0, False), (1, False), (15, False), (16, True), (1000, True)):
+            writer._writers_at_once = at_once
+            lingered.clear()
+            await backend.set("db", "k", "v", 60)
+            assert bool(lingered) is lingers, at_once
+            assert all(0 < seconds < 0.001 for seconds in lingered)
