@@ -83,7 +83,7 @@ class Connection(asyncio.BufferedProtocol):
         self._waiting = None
         service = self._listener.service
         if self._body is not None:
-            service.release(self._body)
+            service.admission.release(self._body)
             self._body = None
         self._forget_queue()
         self._give_back()
@@ -238,7 +238,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         is_kept = request.verb in BODY_VERBS
         if request.content_length is None or not is_kept:
-            refused = self._listener.service.hold_more(request, len(data))
+            refused = self._listener.service.admission.hold_more(request, len(data))
             if refused is not None:
                 self._refuse(request, refused)
                 return
@@ -388,7 +388,7 @@ class Connection(asyncio.BufferedProtocol):
             answer = await answering
         except BaseException:
             self._answering = False
-            self._listener.service.release(request)
+            self._listener.service.admission.release(request)
             self.abort()
             raise
         if isinstance(answer, Watcher):
@@ -451,12 +451,12 @@ class Connection(asyncio.BufferedProtocol):
         operation = listener.operation
         if request.held_bytes:
             # A set's body is stored, or was refused: nothing of it is held here any more.
-            listener.service.release(request)
+            listener.service.admission.release(request)
         if transport is None:
             operation.answered(request, answer, self.address, time.perf_counter() - request.started, is_sent=False)
             return
         if len(answer.body) > SMALL_BYTES:
-            answer = listener.service.hold_answer(request, answer)
+            answer = listener.service.admission.hold_answer(request, answer)
         closes, connection = False, b""
         if not request.keep_alive or answer.closes or listener.is_draining:
             # A stopping server answers what has come already.
@@ -472,7 +472,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._is_full:
                 self._unread = [*(self._unread or ()), request]
             else:
-                listener.service.release(request)
+                listener.service.admission.release(request)
         operation.answered(request, answer, self.address, time.perf_counter() - request.started, is_sent=True)
         if closes:
             self._end(lingers=answer.closes or listener.is_draining or self._body is not None or bool(self._waiting))
@@ -507,13 +507,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def _forget_queue(self) -> None:
         for request in self._queue or ():
-            self._listener.service.release(request)
+            self._listener.service.admission.release(request)
         self._queue = None
 
     def _give_back(self) -> None:
         unread, self._unread = self._unread, None
         for request in unread or ():
-            self._listener.service.release(request)
+            self._listener.service.admission.release(request)
 
     def _has_turns(self) -> bool:
         """Return whether something is being served or waits for its turn."""

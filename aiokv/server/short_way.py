@@ -69,7 +69,9 @@ class ShortWay:
     def __init__(self, service: Service, statistics: Statistics) -> None:
         self._service = service
         self._statistics = statistics
+        self._admission = service.admission
         self._access = service.access
+        self._has_rates = service.admission.has_rates
         self._get_now = service.get_now
         self._get_all_now = service.get_all_now
         # The Authorization header of headers that hold nothing else that decides, None for other headers. Those of sets are
@@ -111,8 +113,8 @@ class ShortWay:
         db_name, key = line.groups()
         account = ""
         if self._access is not None:
-            account, db_name = self._service.owner_of("get", db_name, authorization)
-        if not db_name or self._service.wait_seconds(account):
+            account, db_name = self._admission.owner_of("get", db_name, authorization)
+        if not db_name or (self._has_rates and self._admission.quotas.admit(account)):
             return None
         if self._get_all_now is not None:
             self._gather(asker, text, started, (db_name, key))
@@ -162,33 +164,35 @@ class ShortWay:
                 asker.take_answer(answer)
 
     def _set(self, data: memoryview, asker: Asker) -> bytes | None:
-        service = self._service
-        plain = None if service.set_soon is None else self._parse_set(bytes(data))
-        if plain is None or service.set_soon is None:
+        set_soon, quotas, budget = self._service.set_soon, self._admission.quotas, self._admission.budget
+        plain = None if set_soon is None else self._parse_set(bytes(data))
+        if plain is None or set_soon is None:
             return None
         account, db_name, key, value, size_bytes, ttl_seconds = plain
-        if service.quotas.check_set(account, db_name, key, size_bytes) is not None or service.wait_seconds(account):
+        if quotas.check_set(account, db_name, key, size_bytes) is not None:
             return None
-        if not service.budget.take(account, size_bytes, is_large=False):
+        if self._has_rates and quotas.admit(account):
+            return None
+        if not budget.take(account, size_bytes, is_large=False):
             return None
         started = perf_counter()
         counted_bytes: int | None = None
 
         def done(error: Exception | None) -> None:
-            service.budget.give_back(account, size_bytes)
+            budget.give_back(account, size_bytes)
             if counted_bytes is not None:
-                service.quotas.end_set(account, counted_bytes)
+                quotas.end_set(account, counted_bytes)
             self._answer_set(error, asker, started, size_bytes)
 
         try:
-            service.set_soon(db_name, key, value, ttl_seconds, done)
+            set_soon(db_name, key, value, ttl_seconds, done)
         except WouldWaitError:
-            service.budget.give_back(account, size_bytes)
+            budget.give_back(account, size_bytes)
             return None
         except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
             # In the loop's next step, as every other end of a set.
             get_running_loop().call_soon(done, error)
-        counted_bytes = service.quotas.begin_set(account, size_bytes)
+        counted_bytes = quotas.begin_set(account, size_bytes)
         return LATER
 
     def _answer_set(self, error: Exception | None, asker: Asker, started: float, size_bytes: int) -> None:
@@ -217,7 +221,7 @@ class ShortWay:
         ttl_seconds = DEFAULT_TTL_SECONDS if line[3] is None else int(line[3])
         db_name, account = line[1].decode(), ""
         if self._access is not None:
-            account, db_name = self._service.owner_of("set", db_name, authorization)
+            account, db_name = self._admission.owner_of("set", db_name, authorization)
         if not db_name or not MIN_TTL_SECONDS <= ttl_seconds <= MAX_TTL_SECONDS:
             return None
         try:
@@ -264,7 +268,7 @@ class ShortWay:
         if not parser.is_fresh or len(told.requests) != 1 or not told.requests[0].keep_alive:
             return None
         fields = told.requests[0].fields
-        return fields if allowed.issuperset(fields) and self._service.admits_host(fields[b"host"]) else None
+        return fields if allowed.issuperset(fields) and self._admission.admits_host(fields[b"host"]) else None
 
     def _renew(self, date: bytes) -> None:
         self._date = date

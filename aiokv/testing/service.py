@@ -204,14 +204,14 @@ class ScriptedService:
             if answer is None:
                 async for piece in request.content.iter_any():
                     asked.received_bytes += len(piece)
-                    if asked.content_length is None and (answer := self._service.hold_more(asked, len(piece))):
+                    if asked.content_length is None and (answer := self._service.admission.hold_more(asked, len(piece))):
                         break
                     asked.body += piece
             if answer is None:
                 result = self._service.answer(asked)
                 answer = result if isinstance(result, Answer) else await result
         finally:
-            self._service.release(asked)
+            self._service.admission.release(asked)
         response = web.Response(status=answer.status, body=answer.body, headers={"Content-Type": answer.content_type.decode()})
         for line in answer.headers.decode().splitlines():
             name, _, text = line.partition(": ")

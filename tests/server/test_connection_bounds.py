@@ -147,8 +147,8 @@ async def test_answers_that_are_not_read_stop_the_reading_and_end_the_connection
                 await client.send(head("GET", "/get/db/large") * 2_000)
                 await asyncio.sleep(0)
             await until(lambda: backend.reads)
-            assert server.service.budget.held_bytes > 0
-            await until(lambda: not server.service.budget.held_bytes)
+            assert server.service.admission.budget.held_bytes > 0
+            await until(lambda: not server.service.admission.budget.held_bytes)
         assert backend.reads < 5
 
 
@@ -198,7 +198,7 @@ async def test_body_of_what_is_no_set_is_thrown_away_and_bounded(target: str) ->
             assert refused.status in {404, 413}
         for connection in server._listener.connections:
             assert connection._body is None or not connection._body.body
-        assert server.service.budget.held_bytes == 0
+        assert server.service.admission.budget.held_bytes == 0
 
 
 async def test_token_requests_that_stand_still_take_no_room_from_others() -> None:
@@ -211,7 +211,7 @@ async def test_token_requests_that_stand_still_take_no_room_from_others() -> Non
             await client.send(head("POST", "/storage/auth/token", "Content-Length: 65536"), b"v" * 65_000)
         other = await stack.enter_async_context(connected(address))
         assert (await other.ask(head("POST", "/storage/auth/token", "Content-Length: 0"))).status == 200
-        assert server.service.budget.held_bytes == 0
+        assert server.service.admission.budget.held_bytes == 0
 
 
 async def test_body_that_stood_still_after_much_had_come_is_given_up_after_the_grace() -> None:
@@ -256,14 +256,14 @@ async def test_large_bodies_wait_for_room_and_small_ones_do_not() -> None:
     async with server_of(backend, max_bytes_in_flight=800_000) as (server, address), contextlib.AsyncExitStack() as stack:
         first, second, small = [await stack.enter_async_context(connected(address)) for _ in range(3)]
         await first.send(head("PUT", "/set/db/first", "Content-Length: 500000"))
-        await until(lambda: server.service.budget.held_bytes == 500_000)
+        await until(lambda: server.service.admission.budget.held_bytes == 500_000)
         answer = await second.ask(head("PUT", "/set/db/second", "Content-Length: 500000"))
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
         assert answer.error()
         assert (await small.ask(put("/set/db/small", b"v" * 1_000))).status == 200
         await first.send(b"v" * 500_000)
         assert (await first.answer()).status == 200
-        assert server.service.budget.held_bytes == 0
+        assert server.service.admission.budget.held_bytes == 0
         assert (await first.ask(put("/set/db/second", b"v" * 500_000))).status == 200
 
 
@@ -271,10 +271,10 @@ async def test_body_in_chunks_takes_its_room_as_it_comes_and_gives_it_back_when_
     async with server_of(MemoryBackend(), max_bytes_in_flight=800_000) as (server, address):
         async with connected(address) as client, connected(address) as other:
             await client.send(head("PUT", "/set/db/key", CHUNKED), chunk(b"v" * 590_000))
-            await until(lambda: server.service.budget.held_bytes == 590_000)
+            await until(lambda: server.service.admission.budget.held_bytes == 590_000)
             refused = await other.ask(head("PUT", "/set/db/key", CHUNKED), chunk(b"v" * 100_000))
             assert refused.status == 503
-        await until(lambda: server.service.budget.held_bytes == 0)
+        await until(lambda: server.service.admission.budget.held_bytes == 0)
 
 
 def test_one_account_holds_at_most_half_and_the_others_find_room() -> None:
@@ -329,7 +329,7 @@ async def test_client_that_leaves_in_the_middle_leaves_nothing(sent: bytes) -> N
         async with connected(address) as client:
             await client.send(sent)
         await until(lambda: not server._listener.connections)
-        assert server.service.budget.held_bytes == 0
+        assert server.service.admission.budget.held_bytes == 0
         assert server._listener._count_by_address == {}
     assert await backend.get("db", "key") is None
 

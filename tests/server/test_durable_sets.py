@@ -105,5 +105,5 @@ async def test_set_can_be_awaited_too() -> None:
     result = service.answer(request)
     assert asyncio.iscoroutine(result)
     assert (await result).status == 200
-    service.release(request)
-    assert service.budget.held_bytes == 0
+    service.admission.release(request)
+    assert service.admission.budget.held_bytes == 0

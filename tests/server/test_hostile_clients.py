@@ -267,7 +267,7 @@ async def test_requests_behind_an_answer_without_room_are_not_served() -> None:
         await loop.sock_connect(silent, ("127.0.0.1", port_of(address)))
         await loop.sock_sendall(silent, head("GET", "/get/db/large") * 100)
         async with asyncio.timeout(5):
-            while not server.service.budget.held_bytes:
+            while not server.service.admission.budget.held_bytes:
                 await asyncio.sleep(0.01)
         before = backend.reads
         async with connected(address) as client:
