@@ -17,13 +17,16 @@ _MAX_BATCHES_UNDER_WAY = 4
 Outcome = str | Omitted | Exception | None
 
 
-async def call_each(keys: list[str], call: Callable[[str], Awaitable[T]], concurrency: int) -> dict[str, T]:
+async def call_each(
+    keys: list[str], call: Callable[[str], Awaitable[T]], concurrency: int, results: dict[str, T] | None = None
+) -> dict[str, T]:
     """Make one call for each key; start no further one after a failure.
 
     Args:
         keys: Different keys.
         call: Make the call for one key.
         concurrency: How many calls are under way at once, 1 or more.
+        results: Gets each key's result at once, also where others fail or this call is cancelled.
 
     Returns:
         Each key with its result, in the order of the keys.
@@ -33,7 +36,8 @@ async def call_each(keys: list[str], call: Callable[[str], Awaitable[T]], concur
         Exception: What a backend of the program's own failed with, where that is no `AioKVError`.
     """
     remaining = iter(keys)
-    results: dict[str, T] = {}
+    if results is None:
+        results = {}
     errors: dict[str, Exception] = {}
 
     async def work() -> None:

@@ -12,6 +12,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# A loop that is this late has stood still: its program blocked it, or its machine did not run it.
+_STANDSTILL_SECONDS = 0.1
+_MAX_GRACE_SECONDS = 1.0
+
 
 class Alarm:
     """A function that is called after the time of a shared deadline, unless the alarm is stopped before.
@@ -36,6 +40,8 @@ class Alarm:
 
 class SharedDeadline:
     """Deadlines of one event loop that all lie the same number of seconds ahead.
+
+    Where the loop stood still meanwhile, what has come is taken first: waits go on for as long again, a second at most.
 
     Args:
         seconds: How many.
@@ -94,17 +100,20 @@ class SharedDeadline:
         self.waiting[waiting] = (moment, cancelling)
         if not self._is_watching:
             self._is_watching = True
-            self.loop.call_at(moment, self._watch)
+            self.loop.call_at(moment, self._watch, moment)
 
-    def _watch(self) -> None:
-        """End what takes too long, and look again when the next wait may do so."""
-        self._is_watching = False
+    def _watch(self, due: float | None) -> None:
+        """End what takes too long, and look again when the next wait may do so; None where a standstill is over."""
         now = self.loop.time()
+        if due is not None and now - due > _STANDSTILL_SECONDS:
+            self.loop.call_later(min(now - due, _MAX_GRACE_SECONDS), self._watch, None)
+            return
+        self._is_watching = False
         while self.waiting:
             waiting, (moment, cancelling) = next(iter(self.waiting.items()))
             if moment > now:
                 self._is_watching = True
-                self.loop.call_at(moment, self._watch)
+                self.loop.call_at(moment, self._watch, moment)
                 break
             del self.waiting[waiting]
             self._end_wait(waiting, cancelling)

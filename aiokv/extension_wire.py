@@ -137,6 +137,19 @@ def parse_db_path(raw: str) -> str:
     return db_name
 
 
+def check_no_query(query: str) -> None:
+    """Check the query of a batch or a watch, which take no parameters.
+
+    Args:
+        query: The raw query without its question mark.
+
+    Raises:
+        ValueError: It is not empty.
+    """
+    if query:
+        raise ValueError("this path takes no query parameters")
+
+
 def parse_listing_query(query: str, db_name: str, *, allowed: Collection[str] = ("prefix", "after", "limit")) -> Listing:
     """Parse the query of a listing, a count or a clear.
 

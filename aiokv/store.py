@@ -6,14 +6,14 @@ from typing import Any
 
 import orjson
 
-from aiokv.backends.capabilities import BatchBackend, ClaimBackend, Entry, KeyInfo, ScanBackend
+from aiokv.backends.capabilities import BatchBackend, ClaimBackend, Entry, KeyInfo, Omitted, ScanBackend
 from aiokv.backends.watching import Watch
 from aiokv.batch import batches_of, batches_of_entries, call_each, send_batches
 from aiokv.changes import Changes
 from aiokv.claiming import DEFAULT_CLAIM_SECONDS, Claim, check_claim_seconds
 from aiokv.configured import ConfiguredStore
 from aiokv.errors import CallError, DecodeError, truncated
-from aiokv.limits import check_entries, check_entry, check_prefix, check_ttl, check_value, check_values
+from aiokv.limits import check_entries, check_entry, check_mapping, check_prefix, check_ttl, check_value, check_values
 from aiokv.listing import clear_keys, list_keys
 
 
@@ -167,7 +167,7 @@ class AsyncKVStore(ConfiguredStore):
             Each key with its value, or None where it is absent, in the order of first appearance.
 
         Raises:
-            TypeError: A key is not a string, or `keys` is one.
+            TypeError: A key is not a string, or `keys` is one or no iterable of them.
             ValueError: A key is not acceptable; nothing was sent.
             BatchError: A key could not be read; it holds the values of the others that were read.
         """
@@ -187,13 +187,13 @@ class AsyncKVStore(ConfiguredStore):
             ttl: As for `set`, the same for all.
 
         Raises:
-            TypeError: A key or a value is not a string.
+            TypeError: A key or a value is not a string, or `values` is no mapping.
             ValueError: A key, a value or the ttl is not acceptable; the message names the key, and nothing was sent.
             BatchError: A value could not be stored; it lists the keys that were stored, that failed and that were not
                 attempted.
         """
         ttl_seconds = check_ttl(ttl)
-        await set_entries(self, [Entry(key, value, ttl_seconds) for key, value in dict(values).items()])
+        await set_entries(self, [Entry(key, value, ttl_seconds) for key, value in check_mapping(values).items()])
 
     async def delete_many(self, keys: Iterable[str]) -> None:
         """Delete several entries at once, in batches where the store takes them; a repeated key is deleted once.
@@ -202,7 +202,7 @@ class AsyncKVStore(ConfiguredStore):
             keys: Keys as for `get`.
 
         Raises:
-            TypeError: A key is not a string, or `keys` is one.
+            TypeError: A key is not a string, or `keys` is one or no iterable of them.
             ValueError: A key is not acceptable; nothing was sent.
             BatchError: A key could not be deleted; it lists the keys that were deleted, that failed and that were not
                 attempted.
@@ -328,6 +328,34 @@ class AsyncKVStore(ConfiguredStore):
         if backend is None:
             raise self._unsupported("tell of changes")
         return backend.watch(self._db_name)
+
+
+async def get_into(store: AsyncKVStore, keys: Sequence[str], found: dict[str, str | None]) -> None:
+    """Read several values as `get_many` does, and leave what was read before an error or a cancellation.
+
+    Args:
+        store: The store.
+        keys: The keys.
+        found: Gets each key with its value, or None; of a store without batches one after the other.
+
+    Raises:
+        TypeError: As for `get_many`.
+        ValueError: As for `get_many`.
+        BatchError: As for `get_many`.
+    """
+    if type(store).get_many is not AsyncKVStore.get_many:
+        found.update(await store.get_many(keys))
+        return
+    names = check_entries(store.db_name, keys)
+    batch = await store._batch("get", names)  # noqa: SLF001 (of the class above)
+    if batch is None:
+        await call_each(names, store.get, store._concurrency, found)  # noqa: SLF001 (likewise)
+        return
+
+    def send(part: Sequence[str]) -> Awaitable[Sequence[str | Omitted | CallError | None]]:
+        return batch.get_many(store.db_name, part)
+
+    found.update(await send_batches("get", batches_of(names), send, store._concurrency))  # noqa: SLF001 (likewise)
 
 
 async def set_entries(store: AsyncKVStore, entries: Iterable[Entry]) -> None:

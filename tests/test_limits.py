@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -169,3 +170,13 @@ def test_any_acceptable_name_survives_the_path(db_name: str, key: str) -> None:
 @given(first=st.tuples(key_texts, key_texts), second=st.tuples(key_texts, key_texts))
 def test_different_names_never_share_a_path(first: tuple[str, str], second: tuple[str, str]) -> None:
     assert (entry_path("get", *first) == entry_path("get", *second)) == (first == second)
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=700, max_size=3000))
+def test_size_in_a_request_line_is_that_of_the_quoted_key(key: str) -> None:
+    size_bytes = len(quote(f"db{key}", safe=""))
+    if size_bytes <= 8_000:
+        check_entry("db", key)
+    else:
+        with pytest.raises(ValueError, match=f"are {size_bytes:,} bytes percent-encoded"):
+            check_entry("db", key)

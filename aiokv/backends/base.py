@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from aiokv.errors import ConfigurationError
+from aiokv.errors import CallTimeoutError, ConfigurationError
 from aiokv.record import Record
 
 Clock = Callable[[], float]
@@ -131,6 +131,10 @@ class QueueingBackend(Protocol):
             CallError: Nothing was queued.
         """
         ...
+
+
+class UncopiedError(CallTimeoutError):
+    """A write is stored, but in fewer copies than it should; the reason is for everybody who may write."""
 
 
 class WouldWaitError(Exception):

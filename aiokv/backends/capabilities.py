@@ -197,6 +197,8 @@ class ClaimOutcome(NamedTuple):
     """Whether the caller's owner holds it."""
     seconds_left: float
     """How long the holder, whoever that is, keeps it unless it is renewed or released; above 0."""
+    is_new: bool = False
+    """Whether the owner did not hold it before. Backends that tell it let their server bound the claims of an account."""
 
 
 @runtime_checkable

@@ -187,7 +187,7 @@ class MemoryBackend:
             if held is not None and now < held[1] and held[0] != owner:
                 return ClaimOutcome(is_held=False, seconds_left=held[1] - now)
             self._entries[name] = self._count_entry(name, owner, now + seconds, 0)
-        return ClaimOutcome(is_held=True, seconds_left=seconds)
+        return ClaimOutcome(is_held=True, seconds_left=seconds, is_new=held is None or now >= held[1])
 
     async def release(self, db_name: str, key: str, owner: str) -> bool:
         """Give a claim back; see `ClaimBackend.release`."""

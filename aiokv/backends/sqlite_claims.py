@@ -44,12 +44,14 @@ class Claim(Job):
         """Take the claim unless another owner holds it."""
         claims, owner = _namespace_of(self.db_name), self._owner
         checksum = sqlite_schema.checksum_of(claims.encode(), self.key.encode(), owner)
+        before = connection.execute(_HOLDER, (claims, self.key)).fetchone()
         connection.execute(_TAKE, (claims, self.key, now + self._seconds, checksum, len(owner), owner, now))
         holder, expires_at = connection.execute(_HOLDER, (claims, self.key)).fetchone()
         is_held = holder == owner
         seconds_left = expires_at - now
         # The sum may have been rounded up.
-        self.outcome = ClaimOutcome(is_held, min(seconds_left, self._seconds) if is_held else seconds_left)
+        is_new = is_held and (before is None or before[1] <= now)
+        self.outcome = ClaimOutcome(is_held, min(seconds_left, self._seconds) if is_held else seconds_left, is_new)
 
 
 class Release(Job):

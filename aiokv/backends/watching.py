@@ -1,10 +1,12 @@
 """A watch: the bounded queue between a backend that learns of changes and the task that reads them."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple, Self
 
+from aiokv import clock
 from aiokv.record import Record
 
 MAX_QUEUED_CHANGES: Final = 10_000
@@ -12,6 +14,9 @@ MAX_QUEUED_CHANGES: Final = 10_000
 
 HEARTBEAT_SECONDS: Final = 2.0
 """Longest silence of a watch that is well: an `Alive` comes at least this often, give or take how late the loop is."""
+
+
+_WARNING_SECONDS: Final = 60.0
 
 
 class Changed(NamedTuple):
@@ -136,3 +141,28 @@ class Watch:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+class Absence:
+    """Warns of servers that a watch waits for and that have never told it anything; at most once a minute.
+
+    Args:
+        logger: Gets the lines.
+        host: Names the servers, without a secret.
+    """
+
+    def __init__(self, logger: logging.Logger, host: str) -> None:
+        self._logger = logger
+        self._host = host
+        self._next_at = float("-inf")
+
+    def warn(self, reason: str) -> None:
+        """Log a warning, where there was none a short time ago.
+
+        Args:
+            reason: Why nothing has come; without a value or a secret.
+        """
+        now = clock.monotonic()
+        if now >= self._next_at:
+            self._next_at = now + _WARNING_SECONDS
+            self._logger.warning("a watch has had nothing from %s yet: %s; it goes on trying", self._host, reason)

@@ -54,11 +54,12 @@ class Budget:
             size_bytes: How many.
         """
         self.held_bytes -= size_bytes
-        left = self._held_by[account] - size_bytes
+        # An account that holds nothing has no item: not even while it has empty bodies under way.
+        left = self._held_by.get(account, 0) - size_bytes
         if left:
             self._held_by[account] = left
         else:
-            del self._held_by[account]
+            self._held_by.pop(account, None)
 
     def held_by(self, account: str) -> int:
         """Return the bytes that an account holds now."""

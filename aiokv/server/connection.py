@@ -386,15 +386,16 @@ class Connection(asyncio.BufferedProtocol):
     async def _serve_later(self, request: Request, answering: Coroutine[None, None, Answer]) -> None:
         try:
             answer = await answering
+            if isinstance(answer, Watcher):
+                self._begin_watch(request, answer)
+            else:
+                self._finish(request, answer)
         except BaseException:
+            # Its client learns at once that there is no answer, in place of waiting for one.
             self._answering = False
             self._listener.service.admission.release(request)
             self.abort()
             raise
-        if isinstance(answer, Watcher):
-            self._begin_watch(request, answer)
-        else:
-            self._finish(request, answer)
 
     def _begin_watch(self, request: Request, watcher: Watcher) -> None:
         """Answer with events, while what comes behind the request waits."""

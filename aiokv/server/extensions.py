@@ -17,6 +17,7 @@ from aiokv.errors import CallError
 from aiokv.event_wire import is_event_id
 from aiokv.extension_wire import (
     EXTENSIONS_HEADER,
+    check_no_query,
     claim_body,
     extensions_of,
     number_body,
@@ -188,6 +189,8 @@ class Extensions:
             request.parsed = "clear" if is_clear else "scan", parse_listing_query(text, db_name, allowed=allowed)
         elif segment == b"count":
             request.parsed = "count", parse_listing_query(text, db_name, allowed=("prefix",))
+        else:
+            check_no_query(text)
 
     def _forbid(self, request: Request, verb: str, db_name: str) -> Answer | None:
         """Check what the request may do now."""
@@ -302,9 +305,18 @@ class Extensions:
         if request.method == b"DELETE":
             was_held = await backend.release(request.db_name, request.key, owner)
             return Answer(200, released_body(was_held=was_held))
-        if reason := self._quotas.check_claim(request.account):
+        reason = self._quotas.check_claim(request.account)
+        # Those under way count, too. Nothing of it is a value.
+        counted_bytes = self._quotas.begin_set(request.account, 0)
+        try:
+            outcome = await backend.claim(request.db_name, request.key, owner, seconds)
+        finally:
+            if counted_bytes is not None:
+                self._quotas.end_set(request.account, counted_bytes)
+        if reason and outcome.is_new:
+            # Only now is it known that it was no renewal, which must always go on.
+            await backend.release(request.db_name, request.key, owner)
             return refusal(507, reason, reason="quota")
-        outcome = await backend.claim(request.db_name, request.key, owner, seconds)
         return Answer(200 if outcome.is_held else 409, claim_body(outcome))
 
     async def _watch(self, request: Request) -> Answer:

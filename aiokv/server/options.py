@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from aiokv.backends.redis.urls import SCHEMES as REDIS_SCHEMES
 from aiokv.errors import ConfigurationError, truncated
 from aiokv.limits import MAX_VALUE_BYTES
 from aiokv.record import Record
@@ -279,6 +280,12 @@ def _check_together(options: ServerOptions) -> None:
         raise ConfigurationError(
             f"memory:// keeps its values in one process, so {options.workers} workers would each have others; "
             "pass --workers 1, or a store that processes share, such as sqlite:///kv.db"
+        )
+    scheme = options.store.partition(":")[0].lower()
+    if options.durability != ServerOptions.durability and scheme not in REDIS_SCHEMES:
+        raise ConfigurationError(
+            f"--durability {options.durability} is for stores on Redis or Valkey, such as redis://host, not for "
+            f"{truncated(scheme)}:; leave it out"
         )
 
 

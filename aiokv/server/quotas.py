@@ -108,8 +108,8 @@ class Quotas:
     def check_claim(self, account: str) -> str | None:
         """Check a claim, which counts as an entry while it lasts, against what its account stores.
 
-        An account at its quota of entries can still claim and renew, up to 16 entries and an eighth of the quota beyond it:
-        whoever holds a claim must be able to keep it.
+        An account at its quota of entries can still claim, up to 16 entries and an eighth of the quota beyond it. What this
+        returns is not for renewals: whoever holds a claim must be able to keep it.
 
         Args:
             account: The account.
@@ -120,7 +120,7 @@ class Quotas:
         most = self._limits_of(account).max_stored_entries
         if most is None or self._hosted is None:
             return None
-        used = self._usage(self._hosted, account).entries
+        used = self._usage(self._hosted, account).entries + self.under_way(account).entries
         if used < most + 16 + most // 8:
             return None
         return f"the quota max-entries is {most:,}, and {used:,} are stored, with no room for claims either; delete entries"
@@ -128,6 +128,12 @@ class Quotas:
     def has_quota(self, account: str) -> bool:
         """Return whether there is a bound of what an account may store."""
         return self._hosted is not None and self._has_quota(account)
+
+    def give_back(self, account: str) -> None:
+        """Put back what `admit` took, for a request that is admitted once more."""
+        if account in self._buckets:
+            tokens, counted_at = self._buckets[account]
+            self._buckets[account] = (tokens + 1.0, counted_at)
 
     def under_way(self, account: str) -> Usage:
         """Return what the sets of an account that are under way will store."""

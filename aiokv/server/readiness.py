@@ -1,9 +1,10 @@
 """`Readiness`: whether a server can do its work now, and the reason where it cannot."""
 
+import asyncio
 import logging
 
 from aiokv import clock
-from aiokv.backends.base import Backend, CheckedBackend
+from aiokv.backends.base import Backend, CheckedBackend, HostedBackend
 from aiokv.server.access import AccessFile
 from aiokv.server.answers import DONE, RETRY_SOON, Answer, refusal
 from aiokv.server.log_limit import LogLimit
@@ -14,6 +15,10 @@ READINESS_PROBE = ("aiokv-readiness", "probe")
 """The namespace and key that are read to find out whether a backend that cannot tell its health answers."""
 
 _LIFE_SECONDS = 1.0
+_UNCOUNTED = (
+    "the access file has quotas of bytes or entries, which hold nobody back: this store cannot count what an account stores; "
+    "take them out by `aiokv access limit ID --max-bytes none --max-entries none`"
+)
 
 
 class Readiness:
@@ -32,6 +37,7 @@ class Readiness:
         self._access = access
         self._probed_until = 0.0
         self._problem: str | None = None
+        self._probing = asyncio.Lock()
         self._log_limit = LogLimit()
         self.is_stopping = False
 
@@ -43,11 +49,12 @@ class Readiness:
         """
         if self.is_stopping:
             return "the server is stopping"
-        now = clock.monotonic()
-        if now >= self._probed_until:
-            self._probed_until = now + _LIFE_SECONDS
-            self._problem = await self._probe()
-        return self._problem
+        # Whoever asks meanwhile waits for what is found: what was found before may be the opposite.
+        async with self._probing:
+            if clock.monotonic() >= self._probed_until:
+                self._problem = await self._probe()
+                self._probed_until = clock.monotonic() + _LIFE_SECONDS
+            return self._problem
 
     async def answer(self) -> Answer:
         """Answer `/readyz`."""
@@ -58,6 +65,9 @@ class Readiness:
         try:
             if self._access is not None and (problem := self._access.health()):
                 return problem
+            if self._access is not None and self._access.has_stored_quotas() and not isinstance(self._backend, HostedBackend):
+                self._log_limit.error(logger, "quotas", _UNCOUNTED)
+                return _UNCOUNTED
             if isinstance(self._backend, CheckedBackend):
                 return await self._backend.health()
             await self._backend.get(*READINESS_PROBE)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import orjson
 
 from aiokv import clock
-from aiokv.backends.base import Backend, GatheringBackend, ImmediateBackend, QueueingBackend, WouldWaitError
+from aiokv.backends.base import Backend, GatheringBackend, ImmediateBackend, QueueingBackend, UncopiedError, WouldWaitError
 from aiokv.errors import (
     CallError,
     ConfigurationError,
@@ -259,7 +259,8 @@ class Service:
         if isinstance(error, CorruptValueError):
             # It stays so until it is written again: no use in coming back.
             return refusal(503, "the stored value is damaged; set it again or delete it")
-        return refusal(503, "the store cannot be reached now", RETRY_SOON)
+        told = error.reason if isinstance(error, UncopiedError) else "the store cannot be reached now"
+        return refusal(503, told, RETRY_SOON)
 
     def _page(self, request: Request) -> Result:
         page, is_for_operators = self.pages[request.target.partition(b"?")[0]]

@@ -79,7 +79,7 @@ class ShortWay:
         self._learnt_of_gets: dict[str, str | None] = {}
         self._learnt_of_sets: dict[bytes, str | None] = {}
         self._seen: set[int] = set()
-        self._gathered: list[tuple[Asker, str, float, tuple[str, str]]] = []
+        self._gathered: list[tuple[Asker, str, str, float, tuple[str, str]]] = []
         self._date = self._found_start = self._absent = self._done = b""
 
     def answer(self, data: memoryview, date: bytes, asker: Asker) -> bytes | None:
@@ -117,33 +117,40 @@ class ShortWay:
         if not db_name or (self._has_rates and self._admission.quotas.admit(account)):
             return None
         if self._get_all_now is not None:
-            self._gather(asker, text, started, (db_name, key))
+            self._gather(asker, text, account, started, (db_name, key))
             return LATER
         try:
             value: str | Exception | None = self._get_now(db_name, key)  # type: ignore[misc]  # there: see `answer`
         except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
             value = error
-        return self._answer_with(value, started)
+        return self._answer_with(value, account, started)
 
-    def _answer_with(self, value: str | Exception | None, started: float) -> bytes | None:
+    def _answer_with(self, value: str | Exception | None, account: str, started: float) -> bytes | None:
         if isinstance(value, str):
             body = orjson.dumps({"value": value})
             size_bytes = len(body)
             if size_bytes > SMALL_BYTES:
+                self._count_no_more(account)
                 return None
             self._statistics.found.add(perf_counter() - started, 0, size_bytes)
             length = _LENGTHS[size_bytes] if size_bytes < len(_LENGTHS) else b"%d\r\n\r\n" % size_bytes
             return b"".join((self._found_start, length, body))
         if isinstance(value, WouldWaitError):
+            self._count_no_more(account)
             return None
         answer = ABSENT if value is None else self._service.answer_fault(value)
         self._statistics.record(GET, answer.status, perf_counter() - started, 0, len(answer.body))
         return self._absent if value is None else answer.head(self._date, b"", answer.body)
 
-    def _gather(self, asker: Asker, text: str, started: float, name: tuple[str, str]) -> None:
+    def _count_no_more(self, account: str) -> None:
+        """Take back that a request was counted: the long way counts it again."""
+        if self._has_rates:
+            self._admission.quotas.give_back(account)
+
+    def _gather(self, asker: Asker, text: str, account: str, started: float, name: tuple[str, str]) -> None:
         if not self._gathered:
             get_running_loop().call_soon(self._answer_gathered)
-        self._gathered.append((asker, text, started, name))
+        self._gathered.append((asker, text, account, started, name))
 
     def _answer_gathered(self) -> None:
         gathered, self._gathered = self._gathered[:_MOST_GATHERED], self._gathered[_MOST_GATHERED:]
@@ -153,11 +160,11 @@ class ShortWay:
             return
         values: Sequence[str | Exception | None]
         try:
-            values = self._get_all_now([name for _, _, _, name in gathered])
+            values = self._get_all_now([name for _, _, _, _, name in gathered])
         except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
             values = [error] * len(gathered)
-        for (asker, text, started, _), value in zip(gathered, values, strict=True):
-            answer = self._answer_with(value, started)
+        for (asker, text, account, started, _), value in zip(gathered, values, strict=True):
+            answer = self._answer_with(value, account, started)
             if answer is None:
                 asker.take_long_way(text.encode())
             else:
@@ -188,6 +195,7 @@ class ShortWay:
             set_soon(db_name, key, value, ttl_seconds, done)
         except WouldWaitError:
             budget.give_back(account, size_bytes)
+            self._count_no_more(account)
             return None
         except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
             # In the loop's next step, as every other end of a set.

@@ -6,7 +6,7 @@ import re
 import socket
 import struct
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 from urllib.parse import urlsplit
 
 from aiokv.testing.faults import Bandwidth, Latency, LatencyAfter, Plan, SlowDrip, Truncate
@@ -45,9 +45,8 @@ class Peer(asyncio.StreamReaderProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the transport; see `asyncio.Protocol`."""
         super().connection_made(transport)
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError("a TCP connection has a transport to read from and to write to")
-        self.writer = asyncio.StreamWriter(transport, self, self.reader, self._running_loop)
+        # Not checked: those of other event loops derive from a class of their own.
+        self.writer = asyncio.StreamWriter(cast("asyncio.Transport", transport), self, self.reader, self._running_loop)
 
     def eof_received(self) -> bool | None:
         """Note that the other side has sent everything; see `asyncio.Protocol`."""

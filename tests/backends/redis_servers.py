@@ -85,6 +85,7 @@ class RedisServer:
         program = find_server()
         assert program is not None
         command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
+        command += ["--repl-diskless-sync-delay", "0"]
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen([*command, *self._options], stdout=log, stderr=log)
 
@@ -136,7 +137,7 @@ class RedisCluster:
         """Take, for each node, its port, its bus port, and those that others are told to use instead."""
         options = [
             *("--cluster-enabled", "yes", "--cluster-node-timeout", str(int(NODE_TIMEOUT_SECONDS * 1000))),
-            *("--cluster-require-full-coverage", "no", "--appendonly", "no", "--repl-diskless-sync-delay", "0"),
+            *("--cluster-require-full-coverage", "no", "--appendonly", "no"),
         ]
         self.nodes: list[RedisServer] = []
         self._met_at = 0.0

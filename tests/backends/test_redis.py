@@ -28,6 +28,7 @@ from aiokv.backends.redis.backend import RedisBackend
 from aiokv.backends.redis.calls import Command
 from aiokv.backends.redis.names import entry_key
 from aiokv.backends.redis.nodes import pack
+from aiokv.backends.redis.urls import parse_url
 from aiokv.backends.watching import Alive, Changed, Lost, Watch
 
 pytestmark = needs_server
@@ -198,8 +199,18 @@ class TestRefusals:
             assert not caught.value.maybe_applied
 
     async def test_database_that_is_not_there_is_refused(self, server: RedisServer, open_redis: Opener) -> None:
-        with pytest.raises(RejectedError):
+        with pytest.raises(RejectedError, match="has no database 99"):
             await open_redis(server, "/99").get("db", "k")
+
+    async def test_url_of_a_cluster_that_is_one_server_names_the_scheme_at_once(self, server: RedisServer) -> None:
+        backend = RedisBackend(parse_url(f"redis+cluster://{server.address}"))
+        with pytest.raises(RejectedError, match="no cluster; write redis://") as caught:
+            await backend.get("db", "k")
+        assert caught.value.attempts == 1
+        assert "no cluster" in (await backend.health() or "")
+        with pytest.raises(RejectedError, match="no cluster"):
+            await next_of(backend.watch("db"), Lost)
+        await backend.aclose()
 
 
 class TestFaults:
@@ -354,9 +365,35 @@ class TestDurability:
         assert (caught.value.maybe_applied, caught.value.transient) == (True, True)
         assert await backend.get("db", "k") == "v"
 
+    async def test_store_whose_writes_no_replica_has_is_not_well(self, server: RedisServer, open_redis: Opener) -> None:
+        backend = open_redis(server, options=RedisOptions(durability="replicated", replication_timeout=0.1))
+        assert "0 of 1 replicas" in (await backend.health() or "")
+        assert await open_redis(server).health() is None
+        with running_redis("--replicaof", "127.0.0.1", str(server.port)):
+            async with asyncio.timeout(10):
+                while await backend.health() is not None:
+                    await asyncio.sleep(0.1)
+
+    @pytest.mark.slow
+    async def test_lack_of_replicas_that_lasts_is_not_waited_for(self, server: RedisServer, open_redis: Opener) -> None:
+        backend = open_redis(server, options=RedisOptions(durability="replicated"))
+        with pytest.raises(CallTimeoutError, match="but not 1 of its replicas") as caught:
+            await backend.set("db", "k", "v", 60)
+        assert caught.value.attempts > 1
+        assert caught.value.elapsed is not None
+        assert caught.value.elapsed < 8
+        # A get does not mean that there is a replica again.
+        assert await backend.get("db", "k") == "v"
+        with pytest.raises(CallTimeoutError) as caught:
+            await backend.set("db", "k", "v", 60)
+        assert caught.value.attempts == 1
+
     async def test_write_succeeds_once_a_replica_has_it(self, server: RedisServer, open_redis: Opener) -> None:
-        with running_redis("--replicaof", "127.0.0.1", str(server.port), "--repl-diskless-sync-delay", "0") as replica:
+        with running_redis("--replicaof", "127.0.0.1", str(server.port)) as replica:
             backend = open_redis(server, options=RedisOptions(durability="replicated"))
+            async with asyncio.timeout(15):
+                while await backend.health() is not None:
+                    await asyncio.sleep(0.05)
             await backend.set("db", "k", "v", 60)
             assert replica.ask("GET", entry_key("db", "k")) == b"v"
             await backend.set_many("db", [Entry(f"k{i}", "v", 60) for i in range(100)])

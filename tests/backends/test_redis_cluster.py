@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Generator
 import pytest
 from redis_servers import RedisCluster, RedisServer, may_start_cluster, needs_server, running_cluster
 
-from aiokv import ConnectError, RedisOptions, RejectedError, RetryPolicy
+from aiokv import CallTimeoutError, ConnectError, RedisOptions, RejectedError, RetryPolicy
 from aiokv.backends.capabilities import Entry
 from aiokv.backends.redis.backend import RedisBackend
 from aiokv.backends.redis.names import entry_key
@@ -122,7 +122,7 @@ async def test_replicated_writes_succeed(cluster: RedisCluster) -> None:
     backend = RedisBackend(parse_url(cluster.url), options=RedisOptions(durability="replicated"))
     await backend.set("db", "k", "v", 60)
     assert list(await backend.set_many("db", [Entry(f"k{i}", "v", 60) for i in range(200)])) == [None] * 200
-    assert await backend.claim("db", "k", "me", 10) == (True, 10.0)
+    assert (await backend.claim("db", "k", "me", 10))[:2] == (True, 10.0)
     await backend.aclose()
 
 
@@ -201,6 +201,26 @@ async def test_primary_that_fails_costs_no_call_and_the_watch_goes_on(own_cluste
             break
     assert listed == 100
     victim.resume()
+    await backend.aclose()
+
+
+@pytest.mark.slow
+async def test_shard_that_lacks_its_replica_holds_no_key_of_another_one_up(own_cluster: RedisCluster) -> None:
+    backend = RedisBackend(parse_url(own_cluster.url), options=RedisOptions(durability="replicated"))
+    keys = [f"k{i}" for i in range(60)]
+    assert list(await backend.set_many("db", [Entry(key, "v", 600) for key in keys])) == [None] * 60
+    primary, replica = own_cluster.nodes[0], own_cluster.nodes[3]
+    replica.kill()
+    started = time.monotonic()
+    outcomes = await backend.set_many("db", [Entry(key, "w", 600) for key in keys])
+    assert time.monotonic() - started < 8
+    lacking = {key for key, outcome in zip(keys, outcomes, strict=True) if outcome is not None}
+    with primary.client() as client:
+        assert lacking == {key for key in keys if entry_key("db", key) in set(client.scan_iter(count=1000))}
+    assert 0 < len(lacking) < 60
+    assert all(outcome is None or isinstance(outcome, CallTimeoutError) for outcome in outcomes)
+    assert str(replica.port) not in (problem := await backend.health() or "")
+    assert primary.address in problem
     await backend.aclose()
 
 

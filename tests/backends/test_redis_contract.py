@@ -79,6 +79,11 @@ class RedisContract(BackendContract, BatchContract, ScanContract, ClaimContract,
             assert counts.keys() == {"a", "b", "c"}
 
 
+# A busy machine takes its time.
+_LIMIT = pytest.mark.timeout(60)
+
+
+@_LIMIT
 @needs_server
 class TestRedis(RedisContract):
     @pytest.fixture

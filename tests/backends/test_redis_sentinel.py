@@ -15,7 +15,8 @@ from aiokv.backends.redis.backend import RedisBackend
 from aiokv.backends.redis.urls import parse_url
 from aiokv.backends.watching import Alive, Changed, Lost, Watch
 
-pytestmark = [needs_server, pytest.mark.slow]
+# A failover takes seconds, on a busy machine many.
+pytestmark = [needs_server, pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 class Watched(NamedTuple):
@@ -32,7 +33,7 @@ class Watched(NamedTuple):
 def watched() -> Generator[Watched]:
     with contextlib.ExitStack() as stack:
         primary = stack.enter_context(running_redis())
-        options = ("--replicaof", "127.0.0.1", str(primary.port), "--repl-diskless-sync-delay", "0")
+        options = ("--replicaof", "127.0.0.1", str(primary.port))
         replica = stack.enter_context(running_redis(*options))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sentinels = [RedisServer(folder / str(number)) for number in range(3)]
@@ -45,8 +46,10 @@ def watched() -> Generator[Watched]:
 
 
 async def wait_for_sentinels(watched: Watched) -> None:
-    """Wait until the sentinels know each other and the replica."""
-    async with asyncio.timeout(15):
+    """Wait until the replica has the primary's data, and the sentinels know each other and the replica."""
+    async with asyncio.timeout(40):
+        while (await asyncio.to_thread(watched.replica.ask, "INFO", "replication"))["master_link_status"] != "up":
+            await asyncio.sleep(0.1)
         for sentinel in watched.sentinels:
             while True:
                 known = (await asyncio.to_thread(sentinel.ask, "INFO", "sentinel"))["master0"]
@@ -56,7 +59,7 @@ async def wait_for_sentinels(watched: Watched) -> None:
 
 
 async def next_of(watch: Watch, kind: type) -> object:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(40):
         async for event in watch:
             if isinstance(event, kind):
                 return event

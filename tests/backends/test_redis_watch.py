@@ -1,6 +1,7 @@
 """What a Redis store tells of changes, and of its health."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from redis_servers import RedisServer, needs_server, running_redis
 
+from aiokv import clock
 from aiokv.backends.base import CheckedBackend, HostedBackend
 from aiokv.backends.redis.backend import RedisBackend
 from aiokv.backends.redis.names import entry_key
@@ -37,6 +39,23 @@ class TestWatch:
             await next_of(watch, Alive)
             await backend.set("db", "k", "v", 60)
             assert await next_of(watch, Changed) == Changed("k")
+
+    @pytest.mark.slow
+    async def test_watches_that_begin_do_not_put_off_the_heartbeats_of_others(
+        self, server: RedisServer, open_redis: Opener
+    ) -> None:
+        backend = open_redis(server)
+        async with backend.watch("db") as watch:
+            await next_of(watch, Alive)
+            for number in range(30):
+                async with backend.watch(f"db{number}") as other:
+                    await next_of(other, Lost)
+            # The end of the last one brings another heartbeat forward.
+            await asyncio.sleep(0.5)
+            while watch._queued:
+                await anext(watch)
+            async with asyncio.timeout(8):
+                assert await anext(watch) == Alive()
 
     async def test_flush_of_the_server_is_lost(self, server: RedisServer, open_redis: Opener) -> None:
         async with open_redis(server).watch("db") as watch:
@@ -93,6 +112,41 @@ class TestWatch:
         async with asyncio.timeout(5):
             while server.ask("INFO", "clients")["connected_clients"] != clients:
                 await asyncio.sleep(0.02)
+
+    async def test_server_that_was_never_there_is_warned_of_once_a_minute(
+        self, open_redis: Opener, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def warnings() -> list[str]:
+            return [record.getMessage() for record in caplog.records if "a watch" in record.getMessage()]
+
+        async def until(count: int) -> None:
+            async with asyncio.timeout(10):
+                while len(warnings()) < count:
+                    await asyncio.sleep(0.01)
+
+        now = 1000.0
+        monkeypatch.setattr(clock, "monotonic", lambda: now)
+        with running_redis() as server, caplog.at_level(logging.WARNING, "aiokv"):
+            backend = open_redis(server)
+            server.kill()
+            watch = backend.watch("db")
+            await until(1)
+            # Enough for several attempts.
+            await asyncio.sleep(0.5)
+            (line,) = warnings()
+            assert f":{server.port}" in line
+            assert "no connection could be made" in line
+            assert "goes on trying" in line
+            now += 61.0
+            await until(2)
+            server.start()
+            await next_of(watch, Lost)
+            now += 61.0
+            server.kill()
+            await next_of(watch, Lost)
+            await asyncio.sleep(0.5)
+            assert warnings() == [line, line]
+            await watch.aclose()
 
     async def test_watch_waits_for_a_server_that_is_away(self, open_redis: Opener) -> None:
         with running_redis() as server:

@@ -166,7 +166,9 @@ async def test_nobody_waits_for_what_is_computed_behind(behind: CachedFunction[[
     finally:
         gate.set()
         await behind.aclose()
-    assert (await behind(), work.runs) == (2, 2)
+    # Counted before the next call, which computes ahead again.
+    assert work.runs == 2
+    assert await behind() == 2
 
 
 async def test_failure_behind_is_nobodys(behind: CachedFunction[[], int], work: Work) -> None:
@@ -194,7 +196,8 @@ async def test_cancelled_caller_does_not_end_what_is_computed_behind(behind: Cac
     gate.set()
     await asyncio.gather(first, second, return_exceptions=True)
     await behind.aclose()
-    assert (await behind(), work.runs, work.cancelled) == (2, 2, 0)
+    assert (work.runs, work.cancelled) == (2, 0)
+    assert await behind() == 2
 
 
 async def test_result_past_its_stale_time_is_computed_in_front(cached: Cached, work: Work, moved_time: MovedTime) -> None:

@@ -490,3 +490,39 @@ async def test_ids_of_all_lifetimes_are_read_stored_and_deleted_in_one_batch() -
     assert await many([1, 2, 3]) == {1: 60, 2: 120, 3: 180}
     await many.invalidate([1, 2])
     assert (backend.read, len(backend.stored), backend.deleted) == ([3, 3], 1, [2])
+
+
+class SlowForMany(MemoryBackend):
+    """A store without batches that answers some reads at once, and others too late."""
+
+    answered = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    async def get(self, db_name: str, key: str) -> str | None:
+        self.reads += 1
+        value = await super().get(db_name, key)
+        if self.reads > self.answered:
+            await asyncio.sleep(3600)
+        return value
+
+
+async def test_what_was_read_in_time_is_used_and_leaves_the_circuit_closed() -> None:
+    backend = SlowForMany()
+    backend.answered = 10_000
+    asked: list[list[int]] = []
+
+    @kv_cached_many(60, store=AsyncKVStore("db", backend=backend), read_timeout=0.2, key=str, early=0)
+    async def squares(ids: list[int]) -> dict[int, int]:
+        asked.append(list(ids))
+        return {id_: id_ * id_ for id_ in ids}
+
+    await squares(list(range(8)))
+    for _ in range(5):
+        asked.clear()
+        backend.reads, backend.answered = 0, 3
+        assert await squares(list(range(8))) == {id_: id_ * id_ for id_ in range(8)}
+        assert backend.reads == 8
+        assert asked == [[3, 4, 5, 6, 7]]

@@ -18,6 +18,7 @@ from server_clients import CHUNKED, Connection, SlowBackend, chunk, connected, h
 
 from aiokv import AsyncKVStore
 from aiokv.backends.memory import MemoryBackend
+from aiokv.server.answers import Answer
 from aiokv.server.budget import SMALL_BYTES, Budget
 from aiokv.server.options import ServerOptions
 from aiokv.server.serve import Server
@@ -287,6 +288,31 @@ def test_one_account_holds_at_most_half_and_the_others_find_room() -> None:
     budget.give_back("a", 400_000)
     assert budget.take("c", 100_000, is_large=True)
     assert (budget.held_bytes, budget.held_by("a"), budget.held_by("c")) == (464_000 + 1_536, 0, 165_536)
+
+
+def test_empty_bodies_take_and_give_back_nothing() -> None:
+    budget = Budget(1_000_000, is_shared=True)
+    for size_bytes in (0, 10, 0):
+        assert budget.take("a", size_bytes, is_large=False)
+    for size_bytes, left_bytes in ((0, 10), (10, 0), (0, 0)):
+        budget.give_back("a", size_bytes)
+        assert (budget.held_bytes, budget.held_by("a")) == (left_bytes, left_bytes)
+
+
+async def test_client_whose_answer_cannot_be_given_is_cut_off_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The fault is logged by the loop, once its task is collected.
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    async with server_of(MemoryBackend()) as (server, address), connected(address) as client:
+
+        def fail(*_: object, **__: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(Answer, "write", fail)
+        await client.send(head("PUT", "/set/db/key", "Content-Length: 1"), b"v")
+        async with asyncio.timeout(10):
+            with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+                await client.answer()
+        assert server.service.admission.budget.held_bytes == 0
 
 
 async def test_many_requests_in_one_piece_wait_in_little_room_and_are_all_answered() -> None:

@@ -97,6 +97,22 @@ async def test_client_that_leaves_before_its_set_has_ended_holds_nothing() -> No
             assert (await client.answer()).status == 200
 
 
+async def test_empty_values_that_are_set_at_once_are_all_answered() -> None:
+    backend = QueueBackend()
+    async with serving(backend) as address, contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connected(address)) for _ in range(3)]
+        # The same headers several times, so that the last ones are known.
+        for value in (b"", b"", b"v"):
+            before = len(backend.queued)
+            for number, client in enumerate(clients):
+                await client.send(put("/set/db/k", value if number == 0 else b""))
+                await wait_for_queued(backend, before + number + 1)
+            for _, done in backend.queued[before:]:
+                done(None)  # type: ignore[operator]
+            async with asyncio.timeout(10):
+                assert [(await client.answer()).status for client in clients] == [200, 200, 200]
+
+
 async def test_set_can_be_awaited_too() -> None:
     service = Service(MemoryBackend(), options=ServerOptions())
     request = Request(b"PUT", b"/set/db/k", {b"host": b"localhost", b"content-length": b"1"})

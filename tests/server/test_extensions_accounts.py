@@ -10,7 +10,9 @@ from extension_clients import EXTENSIONS, LOST, ask, bearer, content, post, watc
 from helpers import FakeClock, served_process
 from server_clients import connected, head, put
 
+from aiokv.backends.base import Backend
 from aiokv.backends.memory import MemoryBackend
+from aiokv.backends.sqlite import SqliteBackend
 from aiokv.backends.watching import Changed
 from aiokv.server import AccessFile, AccountLimits, running_server
 from aiokv.server.access_file import revoke_keys
@@ -194,6 +196,34 @@ async def test_claims_are_renewed_at_the_quota_and_refused_far_beyond_it(path: P
         assert (await client.ask(put("/set/db/other", b"v", alice))).status == 507
         assert (await client.ask(head("DELETE", "/claims/db/job-0?owner=me", alice))).status == 200
         assert (await client.ask(head("PUT", "/claims/db/job-1?owner=me&seconds=60", alice))).status == 200
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_every_claim_that_was_granted_can_be_renewed_and_no_more_are_granted_at_once(
+    path: Path, alice: str, tmp_path: Path, kind: str
+) -> None:
+    backend: Backend = MemoryBackend() if kind == "memory" else SqliteBackend(tmp_path / "kv.db")
+    await backend.get("db", "k")
+    options = ServerOptions(max_stored_entries=8, max_connections_per_address=None)
+    accounts = AccessFile(path, default_limits=AccountLimits(max_stored_entries=8))
+    async with running_server(backend, access=accounts, options=options) as address:
+
+        async def claim(index: int) -> int:
+            async with connected(address) as client:
+                return (await client.ask(head("PUT", f"/claims/db/job-{index}?owner=me&seconds=60", alice))).status
+
+        granted = [index for index, status in enumerate(await asyncio.gather(*map(claim, range(60)))) if status == 200]
+        assert len(granted) <= 8 + 16 + 1
+        assert [await claim(index) for index in granted] == [200] * len(granted)
+        more = [await claim(index) for index in range(60, 90)]
+        assert 507 in more
+        assert 200 not in more[more.index(507) :]
+        # What was refused is held by nobody.
+        refused = 60 + more.index(507)
+        async with connected(address) as client:
+            answer = await client.ask(head("DELETE", f"/claims/db/job-{refused}?owner=me", alice))
+        assert content(answer) == {"released": False}
+    await backend.aclose()
 
 
 async def test_a_watch_ends_when_its_key_is_revoked(path: Path, alice: str) -> None:

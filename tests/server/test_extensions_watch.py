@@ -363,3 +363,10 @@ async def test_every_worker_tells_of_what_any_worker_changes(tmp_path: Path) -> 
             for stream in streams:
                 assert await stream.next() is None
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize("request_head", [head("GET", "/watch/db?x=1"), head("POST", "/batch/db?x=1", "Content-Length: 0")])
+async def test_a_parameter_of_a_path_that_takes_none_is_refused(address: str, request_head: bytes) -> None:
+    answer = await ask(address, request_head)
+    assert answer.status == 400
+    assert b"no query parameters" in answer.body

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -200,12 +201,23 @@ def test_durability_is_one_of_two_words(tmp_path: Path) -> None:
     assert "acked or replicated" in refusal_of("--durability", "safe", home=tmp_path)
 
 
+def test_durability_of_a_store_that_knows_none_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    options = ("--store", f"sqlite:///{tmp_path}/x.db", "--durability", "replicated", "--access-log", str(tmp_path / "log"))
+    assert "Redis or Valkey" in refusal_of(*options, home=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
-async def test_set_that_no_replica_gets_is_not_answered_as_stored(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_server_whose_sets_no_replica_gets_is_not_ready_and_says_why(redis_server: RedisServer, tmp_path: Path) -> None:
     store = f"redis://{redis_server.address}"
     with served_process("--store", store, "--durability", "replicated", home=tmp_path) as (_, address):
-        connection = http.client.HTTPConnection("127.0.0.1", port_of(address), timeout=2)
-        connection.request("PUT", "/set/db/k", body="v")
-        with pytest.raises(TimeoutError):
-            connection.getresponse()
-        connection.close()
+        status, body = await asyncio.to_thread(ask, address, "GET", "/readyz")
+        assert status == 503
+        assert "0 of 1 replicas" in body
+        # A client gives an attempt up after 10 s.
+        started = time.monotonic()
+        status, body = await asyncio.to_thread(ask, address, "PUT", "/set/db/k", "secret")
+        assert time.monotonic() - started < 9
+        assert status == 503
+        assert "the primary has the write, but not 1 of its replicas" in body
+        assert "secret" not in body

@@ -378,3 +378,14 @@ async def test_draining_server_closes_also_what_was_plain() -> None:
         assert b"Connection: close" in await client.send(get("a"))
         client.close()
         await drained
+
+
+@pytest.mark.parametrize("size", [60_000, 70_000])
+async def test_large_values_count_once_for_a_rate(kind: str, tmp_path: Path, size: int) -> None:
+    options = ServerOptions(requests_per_second=8)
+    async with opened(kind, tmp_path) as backend, client_of(backend, options=options) as client:
+        await backend.set("db", "k", "x" * size, 60)
+        statuses = [(await client.send(get("k")))[9:12] for _ in range(10)]
+        # A few may come in while the requests are answered.
+        assert statuses[:8] == [b"200"] * 8
+        assert b"429" in statuses

@@ -5,6 +5,7 @@ import enum
 import gc
 import math
 import pickle
+import re
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,47 @@ async def test_nothing_at_all_is_a_batch_too(store: AsyncKVStore) -> None:
 async def test_one_text_is_not_taken_for_many_keys(store: AsyncKVStore) -> None:
     with pytest.raises(TypeError, match="put it in a list"):
         await store.get_many("abc")
+
+
+async def some_keys() -> AsyncGenerator[str]:
+    yield "k"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (b"abc", "keys must be an iterable of str, not one bytes; decode it, and put it in a list"),
+        (bytearray(b"abc"), "keys must be an iterable of str, not one bytearray; decode it, and put it in a list"),
+        (None, "keys must be an iterable of str, not NoneType; pass a list, an empty one for nothing"),
+        (7, "keys must be an iterable of str, not int; pass a list, an empty one for nothing"),
+        (some_keys(), "keys must be an iterable of str, not async_generator; collect it in a list first, with `async for`"),
+        ([["k"]], "key must be str, not list"),
+    ],
+    ids=["bytes", "bytearray", "None", "int", "async generator", "lists"],
+)
+async def test_what_is_no_iterable_of_keys_is_named(store: AsyncKVStore, keys: Any, message: str) -> None:
+    for call in (store.get_many, store.delete_many):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            await call(keys)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("a", "values must be a mapping of keys to values, not one str; put it in a dict"),
+        (b"a", "values must be a mapping of keys to values, not one bytes; decode it, and put it in a dict"),
+        (None, "values must be a mapping of keys to values, not NoneType; pass a dict, an empty one for nothing"),
+        (["k"], "values must be a mapping of keys to values, not list; pass a dict, such as {'key': 'value'}"),
+        (
+            some_keys(),
+            "values must be a mapping of keys to values, not async_generator; collect it in a dict first, with `async for`",
+        ),
+    ],
+    ids=["str", "bytes", "None", "keys alone", "async generator"],
+)
+async def test_what_is_no_mapping_of_values_is_named(store: AsyncKVStore, values: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        await store.set_many(values)
 
 
 class CountingBackend(MemoryBackend):

@@ -20,7 +20,7 @@ from aiokv.backends.http.stream import Stream
 from aiokv.backends.http.transport import Answer, Timeouts
 from aiokv.backends.http.watching import Watches
 from aiokv.backends.watching import Watch
-from aiokv.errors import CallError, RejectedError, ResponseError
+from aiokv.errors import CallError, RejectedError, ResponseError, UnsupportedError
 from aiokv.event_wire import EVENT_STREAM, LAST_EVENT_ID
 from aiokv.extension_wire import (
     MAX_EXTENSION_ANSWER_BYTES,
@@ -245,7 +245,7 @@ class RemoteBackend(Batches):
 
     async def _check_stream(self, call: Call, stream: Stream, header: str | None) -> None:
         answer = Answer(stream.status, stream.headers, b"")
-        self.extensions.learn(answer.headers.get(EXTENSIONS))
+        self.extensions.learn(answer.headers.get(EXTENSIONS), answer.status)
         self.extensions.check("watch", answer.status, write=False)
         if answer.status != _OK:
             with contextlib.suppress(CallError):
@@ -258,8 +258,32 @@ class RemoteBackend(Batches):
         started = self.loop.time()
         if self.is_fal:
             raise self._named(unsupported(call.extension), call)
+        if call.write and not self.extensions.has(call.extension):
+            await self._make_sure(call, started)
         result: T = await self.run(call, started)
         return result
+
+    async def _make_sure(self, call: "_ExtensionCall[T]", started: float) -> None:
+        """Raise unless the server has a write's extension: another server might do what it is asked, and not say so."""
+        if not self.extensions.is_known:
+            try:
+                await self.run(self._question(call), started)
+            except UnsupportedError:
+                raise
+            except CallError as error:
+                # A refusal, too, tells what the server has.
+                if not self.extensions.is_known:
+                    self._named(error, call)
+                    raise
+        if not self.extensions.has(call.extension):
+            raise self._named(unsupported(call.extension), call)
+
+    def _question(self, call: "_ExtensionCall[T]") -> Call:
+        """Make a read whose answer tells of the extension that a write needs."""
+        if call.extension == "claims":
+            return self.get_call(call.db_name, call.key)
+        url = self.extension_url(keys_path(call.db_name, Listing(call.key, None, 1)))
+        return _ExtensionCall(call.extension, call.verb, call.db_name, call.key, "GET", url, lambda _: None)
 
     def _named(self, error: CallError, call: Call) -> CallError:
         error.verb, error.db_name, error.key, error.host = call.verb, call.db_name, call.key, self.host

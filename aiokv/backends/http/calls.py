@@ -271,7 +271,7 @@ class Calls:
                 header = await self._new_header(deadline, refused=header)
                 answer = await self._send(call, header, deadline)
             if answer.headers.get(EXTENSIONS) != self.extensions.told:
-                self.extensions.learn(answer.headers.get(EXTENSIONS))
+                self.extensions.learn(answer.headers.get(EXTENSIONS), answer.status)
             if call.extension:
                 self.extensions.check(call.extension, answer.status, write=call.write)
             if answer.status in {_OK, call.other_status}:

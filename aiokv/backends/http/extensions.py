@@ -31,7 +31,8 @@ class Extensions:
         is_trusted: Whether what they say counts: fal's hosts are never asked.
 
     Attributes:
-        told: The header of the last answer, None where it had none; "" where there was no answer yet.
+        told: The header of the last answer, None where it had none; "" where there was no answer yet, or the last one had none
+            but may be a gateway's.
         has_batch: Whether the server takes many keys at once.
         scans_in_order: Whether its last page of keys was in order.
     """
@@ -45,16 +46,21 @@ class Extensions:
 
     @property
     def is_known(self) -> bool:
-        """Whether an answer has come, or none is needed."""
+        """Whether an answer has told, or none is needed."""
         return self.told != "" or not self._is_trusted
 
-    def learn(self, told: str | None) -> None:
+    def has(self, extension: str) -> bool:
+        """Return whether the last answer named an extension."""
+        return extension in self._names
+
+    def learn(self, told: str | None, status: int = _OK) -> None:
         """Take what an answer says.
 
         Args:
             told: Its header, or None: a server without extensions has taken the place of the other.
+            status: Its status.
         """
-        self.told = told
+        self.told = "" if told is None and status in _OTHER_STATUSES else told
         self._names = parse_extensions(told) if self._is_trusted else frozenset()
         self.has_batch = "batch" in self._names
 
@@ -70,7 +76,7 @@ class Extensions:
             UnsupportedError: The server lacks it.
         """
         if status in _UNKNOWING_STATUSES:
-            self.learn(", ".join(self._names - {extension}))
+            self.learn(", ".join(self._names - {extension}) or None)
         elif extension in self._names or status in _OTHER_STATUSES:
             return
         raise unsupported(extension, status, maybe_applied=write and status == _OK)

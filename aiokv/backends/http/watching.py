@@ -9,7 +9,7 @@ from typing import Protocol
 from aiokv.backends.base import is_patient
 from aiokv.backends.http.retry import has_backoff
 from aiokv.backends.http.stream import Stream
-from aiokv.backends.watching import Lost, Watch
+from aiokv.backends.watching import Absence, Lost, Watch
 from aiokv.errors import (
     AioKVError,
     CallError,
@@ -29,6 +29,7 @@ SILENCE_SECONDS = 10.0
 """After so long without a heartbeat, changes may be missing: the watch says `Lost` and makes a new connection."""
 
 # How long to wait before a new connection at most, unless the server says otherwise; it doubles up to the cap.
+_MIN_RETRY_SECONDS = 0.1
 _RETRY_SECONDS = 1.0
 _RETRY_CAP_SECONDS = 5.0
 _SERVER_ERRORS = 500
@@ -39,6 +40,7 @@ class Streams(Protocol):
     """What opens the streams."""
 
     loop: asyncio.AbstractEventLoop
+    host: str
     sleep: Callable[[float], Awaitable[None]]
 
     async def open_watch(self, db_name: str, last_event_id: str) -> Stream:
@@ -51,6 +53,7 @@ class Watches:
 
     def __init__(self) -> None:
         self._open: set[_RemoteWatch] = set()
+        self._absence: Absence | None = None
 
     def begin(self, streams: Streams, db_name: str) -> Watch:
         """Begin a watch.
@@ -62,7 +65,9 @@ class Watches:
         Returns:
             The watch.
         """
-        remote = _RemoteWatch(streams, db_name)
+        if self._absence is None:
+            self._absence = Absence(logger, streams.host)
+        remote = _RemoteWatch(streams, db_name, self._absence)
         self._open.add(remote)
         remote.task.add_done_callback(lambda _: self._open.discard(remote))
         return remote.watch
@@ -79,9 +84,10 @@ class Watches:
 class _RemoteWatch:
     """One watch: a task that reads its stream, and opens the next one."""
 
-    def __init__(self, streams: Streams, db_name: str) -> None:
+    def __init__(self, streams: Streams, db_name: str, absence: Absence) -> None:
         self._streams = streams
         self._db_name = db_name
+        self._absence = absence
         # After which event the next stream shall go on; "" where the server has not named one.
         self._last_event_id = ""
         self._retry_seconds = _RETRY_SECONDS
@@ -124,9 +130,11 @@ class _RemoteWatch:
             stream = await self._streams.open_watch(self._db_name, self._last_event_id)
         except (CallError, ConfigurationError) as error:
             return error
-        parser, must_say_lost = EventParser(), not self._last_event_id
+        parser, must_say_lost, loop = EventParser(), not self._last_event_id, self._streams.loop
+        heard_at = loop.time()
         try:
-            while data := await stream.read(SILENCE_SECONDS):
+            # Comments and pieces of an event are no sign that the server tells of changes.
+            while data := await stream.read(heard_at + SILENCE_SECONDS - loop.time()):
                 events = parser.feed(data)
                 if not events:
                     continue
@@ -134,6 +142,7 @@ class _RemoteWatch:
                     # The server does not know what this watch has missed.
                     self.watch.notify(Lost())
                 must_say_lost = False
+                heard_at = loop.time()
                 for event in events:
                     self.watch.notify(event)
                 self._hear(parser)
@@ -150,7 +159,7 @@ class _RemoteWatch:
     def _hear(self, parser: EventParser) -> None:
         self._last_event_id = parser.last_event_id or self._last_event_id
         if parser.retry_seconds is not None:
-            self._retry_seconds = parser.retry_seconds
+            self._retry_seconds = max(parser.retry_seconds, _MIN_RETRY_SECONDS)
         self._failures = 0
         self._is_silent = False
         is_first, self._heard_at = self._heard_at is None, self._streams.loop.time()
@@ -174,6 +183,8 @@ class _RemoteWatch:
         self._failures += 1
         bound = min(self._retry_seconds * 2.0 ** min(self._failures - 1, 16), max(_RETRY_CAP_SECONDS, self._retry_seconds))
         asked = error.retry_after if isinstance(error, CallError) else None
+        if error is not None and self._heard_at is None:
+            self._absence.warn(error.reason if isinstance(error, CallError) else str(error))
         seconds = (asked or 0.0) + random.uniform(0.0, bound)  # noqa: S311 (spreads load, guards nothing)
         logger.debug("a watch connects again in %.2f s: %s", seconds, error or "the server ended the stream")
         await self._streams.sleep(seconds if has_backoff() else 0.0)

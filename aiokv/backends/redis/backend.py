@@ -11,6 +11,7 @@ from aiokv.backends.http.options import Credentials
 from aiokv.backends.http.retry import RetryPolicy
 from aiokv.backends.http.write_order import WriteOrder
 from aiokv.backends.redis.calls import Caller, Command, Durability
+from aiokv.backends.redis.errors import NO_CLUSTER
 from aiokv.backends.redis.names import PROBE, claim_key, entry_key
 from aiokv.backends.redis.nodes import ConnectionSettings, NodeError, pack
 from aiokv.backends.redis.options import REPLICATED, RedisOptions
@@ -79,7 +80,7 @@ class RedisBackend:
         self._topology = Topology(url, settings, options.max_connections)
         self._caller = Caller(self._topology)
         self._order = WriteOrder()
-        self._watcher = Watcher(self._topology)
+        self._watcher = Watcher(self._topology, str(url))
         # Where the last step of each clearing has ended.
         self._clearing: dict[tuple[str, str], str | None] = {}
 
@@ -188,9 +189,11 @@ class RedisBackend:
         return self._watcher.watch(db_name)
 
     async def health(self) -> str | None:
-        """Set a key on every primary; see `CheckedBackend.health`."""
+        """Set a key on every primary, and on the replicas that a write needs; see `CheckedBackend.health`."""
         await self._topology.refresh()
         shards = self._topology.shards()
+        if not shards and self._topology.is_no_cluster:
+            return NO_CLUSTER.reason
         if not shards:
             return "no server that the URL names answers"
         uncovered = self._topology.uncovered()
@@ -258,11 +261,20 @@ class RedisBackend:
             for number in itertools.count()
             if self._topology.node_of(slot_of(key := PROBE + b"%d" % number)) in {node, None}
         )
+        packed, durability = pack(b"SET", key, b"", b"PX", b"1000"), self._durability
+        if durability is not None:
+            milliseconds = round(min(durability.seconds, _HEALTH_SECONDS / 2) * 1000)
+            packed += pack(b"WAIT", b"%d" % durability.replicas, b"%d" % max(milliseconds, 1))
         try:
-            (reply,) = await node.ask(pack(b"SET", key, b"", b"PX", b"1000"), 1, _HEALTH_SECONDS)
+            reply, *copies = await node.ask(packed, 1 if durability is None else 2, _HEALTH_SECONDS)
         except NodeError:
             return f"the server {node.host} does not answer"
-        return f"the server {node.host} takes no writes ({type(reply).__name__})" if isinstance(reply, Exception) else None
+        refusal = next((each for each in (reply, *copies) if isinstance(each, Exception)), None)
+        if refusal is not None:
+            return f"the server {node.host} takes no writes ({type(refusal).__name__})"
+        if durability is not None and copies[0] < durability.replicas:
+            return f"{copies[0]} of {durability.replicas} replicas of the server {node.host} have the write"
+        return None
 
 
 def _durability_of(options: RedisOptions) -> Durability | None:

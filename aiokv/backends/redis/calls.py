@@ -10,7 +10,7 @@ import redis.exceptions as theirs
 from aiokv import telemetry
 from aiokv.backends.base import is_patient
 from aiokv.backends.http.retry import RetryPolicy, has_backoff
-from aiokv.backends.redis.errors import CONNECTING, Meaning, call_error, meaning_of, unreached
+from aiokv.backends.redis.errors import CONNECTING, NO_CLUSTER, UNCOPIED, Meaning, call_error, meaning_of, unreached
 from aiokv.backends.redis.nodes import Node, NodeError, pack
 from aiokv.backends.redis.topology import Topology, named_address
 from aiokv.backends.redis.urls import CLUSTER
@@ -25,6 +25,9 @@ _LOOK_SECONDS: Final = 0.5
 # Waits stop growing there: a failover takes a few seconds, and the call should go on soon after it.
 _GROWING_WAITS: Final = 5
 _MOST_REDIRECTIONS: Final = 8
+# Another attempt that would end later than that after too few replicas were first met is not made: one that was only late
+# has come back by then, and whoever waits behind a server has given up its own attempt soon after.
+_LACK_SECONDS: Final = 3.5
 
 
 class Command(NamedTuple):
@@ -214,6 +217,8 @@ class _Run:
         if (not is_patient.get() or not has_backoff()) and self._attempts >= attempts:
             return False
         node = self._topology.node_of(self._commands[index].slot)
+        if failure.meaning is UNCOPIED and node is not None and self._durability is not None:
+            return node.lack.seconds() + self._durability.seconds < _LACK_SECONDS
         outage = self._topology.outage if node is None else node.outage
         # A server that has been away for longer than a call waits is not waited for by the next one.
         return outage.seconds() < self._policy.total_timeout
@@ -284,6 +289,8 @@ class _Run:
     def _nowhere(self) -> CallError:
         if self._topology.is_known:
             return UnavailableError("no server of the cluster is the primary of the key now", transient=True)
+        if self._topology.is_no_cluster:
+            return call_error(theirs.ResponseError(), NO_CLUSTER, write=False)
         return ConnectError("no server that the URL names has told who the primary is; nothing was sent")
 
     async def _send(self, node: Node, indices: Sequence[int], failures: dict[int, _Failure], *, asking: bool) -> None:
@@ -317,10 +324,15 @@ class _Run:
             for place, index in zip(places, indices, strict=True)
         }
         failures.update({index: failure for index, failure in found.items() if failure is not None})
-        if any(each and each.error.transient and each.redirected is None for each in found.values()):
+        failed = [each for each in found.values() if each is not None]
+        if any(each.error.transient and each.redirected is None and each.meaning is not UNCOPIED for each in failed):
             node.outage.failed()
         else:
             node.outage.ended()
+        if any(each.meaning is UNCOPIED for each in failed):
+            node.lack.failed()
+        elif durability is not None and has_copies:
+            node.lack.ended()
 
     def _judge(
         self, index: int, found: Sequence[Any], broken: NodeError | None, node: Node, *, has_copies: bool
@@ -332,7 +344,7 @@ class _Run:
         if broken is not None and (len(found) < self._commands[index].reply_count or not has_copies):
             return self._failure(index, broken.cause, node, was_sent=broken.was_sent)
         if not has_copies:
-            return _Failure(self._name(index, _uncopied(self._durability), node), None)
+            return _Failure(self._name(index, _uncopied(self._durability), node), UNCOPIED)
         self._results[index] = found[0] if len(found) == 1 else found
         return None
 
@@ -352,6 +364,5 @@ class _Run:
 
 def _uncopied(durability: Durability | None) -> CallError:
     replicas = 0 if durability is None else durability.replicas
-    return CallTimeoutError(
-        f"the primary has the write, but not {replicas} of its replicas within the time allowed", maybe_applied=True
-    )
+    reason = f"the primary has the write, but not {replicas} of its replicas within the time allowed"
+    return UNCOPIED.kind(reason, maybe_applied=True)

@@ -5,6 +5,7 @@ from typing import Final, NamedTuple
 
 import redis.exceptions as theirs
 
+from aiokv.backends.base import UncopiedError
 from aiokv.errors import (
     AuthenticationError,
     CallError,
@@ -18,6 +19,18 @@ from aiokv.errors import (
     TransportError,
     UnavailableError,
 )
+
+
+class NoDatabaseError(theirs.ResponseError):
+    """The server has no database of the number that the URL names.
+
+    Args:
+        database: The number.
+    """
+
+    def __init__(self, database: int) -> None:
+        super().__init__()
+        self.database = database
 
 
 class Meaning(NamedTuple):
@@ -51,6 +64,10 @@ _LOADING = Meaning(UnavailableError, "the server is loading its data", is_transi
 _READ_ONLY = Meaning(UnavailableError, "the server is a replica now", is_transient=True, is_elsewhere=True)
 _FULL = Meaning(StorageFullError, "the server's memory is full (maxmemory); nothing was stored")
 _NONSENSE = Meaning(ResponseError, "the answer is not of Redis's protocol", may_be_applied=True)
+NO_CLUSTER: Final = Meaning(RejectedError, "the server that the URL names is no cluster; write redis://host:port")
+"""What is said where a server that the URL calls a cluster is none."""
+UNCOPIED: Final = Meaning(UncopiedError, "too few replicas have the write", is_transient=True, may_be_applied=True)
+"""What is said of a write that the primary has, but not as many of its replicas as it should."""
 _BUSY = Meaning(PoolTimeoutError, "every connection was busy; nothing was sent", is_transient=True, is_elsewhere=True)
 
 MEANINGS: Final[dict[type[BaseException], Meaning]] = {
@@ -130,6 +147,8 @@ def meaning_of(error: BaseException, *, was_sent: bool) -> Meaning:
     Returns:
         Its meaning.
     """
+    if isinstance(error, NoDatabaseError):
+        return Meaning(RejectedError, f"the server has no database {error.database}; its setting `databases` says how many")
     meaning = next((MEANINGS[base] for base in type(error).__mro__ if base in MEANINGS), _NOT_THIS)
     if meaning is _REFUSED and (code := _CODE.match(str(error))):
         return _BY_CODE.get(code[0], meaning)

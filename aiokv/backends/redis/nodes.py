@@ -9,11 +9,14 @@ from typing import Any, Final, NamedTuple
 import redis.exceptions as theirs
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
 
+from aiokv.backends.redis.errors import NoDatabaseError
 from aiokv.backends.redis.urls import Address, Login, format_address
 
 # Close by a reset: what a call that was given up has left in the kernel's buffer must not arrive later.
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 _RESP3: Final = 3
+# What a server says of a database that it does not have.
+_NO_DATABASE: Final = "DB index is out of range"
 # An outage that nobody has met for so long may be over: it says nothing of the next failure.
 _FORGOTTEN_SECONDS: Final = 5.0
 
@@ -93,6 +96,8 @@ class Node:
         self.address = address
         self.host = format_address(address)
         self.outage = Outage()
+        self.lack = Outage()
+        """Lasts while too few replicas have the writes."""
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._free = asyncio.Semaphore(max_connections)
@@ -177,7 +182,8 @@ class Node:
                 await connection.connect()  # type: ignore[no-untyped-call]
         except (TimeoutError, OSError, theirs.RedisError) as error:
             await drop(connection)
-            raise NodeError(error, was_sent=False) from None
+            is_database = isinstance(error, theirs.ResponseError) and _NO_DATABASE in str(error)
+            raise NodeError(NoDatabaseError(settings.database) if is_database else error, was_sent=False) from None
         except BaseException:
             await drop(connection)
             raise

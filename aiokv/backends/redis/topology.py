@@ -19,6 +19,8 @@ _MOST_ASKED: Final = 6
 # A look at the cluster is good for so long: hundreds of calls that fail at once ask once.
 _MIN_SECONDS_BETWEEN: Final = 0.1
 _SENTINEL_CONNECTIONS: Final = 4
+# What a server says that is none of a cluster's nodes.
+_NO_CLUSTER: Final = "cluster support disabled"
 
 
 class Shard(NamedTuple):
@@ -66,6 +68,8 @@ class Topology:
         """Grows with every change of the primaries."""
         self.outage = Outage()
         """Lasts while nobody tells who the primaries are."""
+        self.is_no_cluster = False
+        """Whether a server that the URL calls a cluster is none, and no other one answers."""
         self._url = url
         self._settings = settings
         self._max_connections = max_connections
@@ -211,7 +215,9 @@ class Topology:
         asked = [*known[: _MOST_ASKED - 2], *map(self._node, random.sample(self._url.hosts, min(2, len(self._url.hosts))))]
         if not known:
             asked = [self._node(address) for address in self._url.hosts[:_MOST_ASKED]]
-        views = [view for view in await _ask_all([_view_of(node) for node in dict.fromkeys(asked)]) if view is not None]
+        found = await _ask_all([_view_of(node) for node in dict.fromkeys(asked)])
+        views = [view for view in found if isinstance(view, _View)]
+        self.is_no_cluster = not views and _NO_CLUSTER in found
         self._note(is_found=bool(views))
         if not views:
             return
@@ -287,11 +293,11 @@ async def _ask_all(questions: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     return list(await asyncio.gather(*questions))
 
 
-async def _view_of(node: Node) -> _View | None:
+async def _view_of(node: Node) -> _View | str | None:
     try:
         slots, info = await node.ask(pack(b"CLUSTER", b"SLOTS") + pack(b"CLUSTER", b"INFO"), 2, _ASK_SECONDS)
         if isinstance(slots, Exception) or isinstance(info, Exception):
-            return None
+            return _NO_CLUSTER if _NO_CLUSTER in str(slots) else None
         facts = dict(line.split(":", 1) for line in _text(info).splitlines() if ":" in line)
         ranges = [
             (int(first), int(last), [_address(entry, node) for entry in servers])

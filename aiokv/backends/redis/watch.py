@@ -7,6 +7,7 @@ many hosted services do not let a client change; and they are silent about FLUSH
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -14,12 +15,14 @@ from typing import Any, Final, NamedTuple
 import redis.exceptions as theirs
 from redis.asyncio.connection import AbstractConnection
 
-from aiokv.backends.redis.errors import call_error, meaning_of
+from aiokv.backends.redis.errors import NO_CLUSTER, call_error, meaning_of
 from aiokv.backends.redis.names import entry_prefix
 from aiokv.backends.redis.nodes import Node, NodeError, drop, pack
 from aiokv.backends.redis.topology import Topology
 from aiokv.backends.redis.urls import CLUSTER, SENTINEL
-from aiokv.backends.watching import HEARTBEAT_SECONDS, Alive, Changed, Lost, Watch
+from aiokv.backends.watching import HEARTBEAT_SECONDS, Absence, Alive, Changed, Lost, Watch
+
+logger = logging.getLogger("aiokv")
 
 _BEAT_SECONDS: Final = 1.0
 # A heartbeat that was answered later than that says nothing of the last `HEARTBEAT_SECONDS`.
@@ -39,16 +42,21 @@ class _Push(NamedTuple):
 class _EndedError(Exception):
     """Continuity is lost: the servers have to be connected to anew."""
 
+    def __init__(self, reason: str = "the connection broke") -> None:
+        super().__init__(reason)
+
 
 class Watcher:
     """The watches of one backend, fed by one connection to each primary; belongs to one event loop.
 
     Args:
         topology: The servers.
+        host: Names them in the log, without a secret.
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, host: str) -> None:
         self._topology = topology
+        self._absence = Absence(logger, host)
         self._watches: dict[str, set[Watch]] = {}
         # Those that have not been told yet that changes are being told of.
         self._new: set[Watch] = set()
@@ -97,13 +105,16 @@ class Watcher:
         return [watch for watches in self._watches.values() for watch in watches]
 
     async def _run(self) -> None:
-        failures = 0
+        failures, was_there = 0, False
         while self._watches:
             session = _Session(self._topology, self._watches, self._new, self._wanted)
             try:
                 await session.run()
-            except _EndedError:
+            except _EndedError as ended:
+                was_there = was_there or session.is_established
                 failures = 0 if session.is_established else failures + 1
+                if not was_there:
+                    self._absence.warn(str(ended))
             except Exception as error:  # noqa: BLE001 (whatever it is, those who watch must know)
                 for watch in self._all():
                     watch.fail(error)
@@ -142,19 +153,21 @@ class _Session:
             await self._topology.refresh()
         self._version = self._topology.version
         nodes = [shard.node for shard in self._topology.shards()]
+        if not nodes and self._topology.is_no_cluster:
+            raise call_error(theirs.ResponseError(), NO_CLUSTER, write=False)
         if not nodes or self._topology.uncovered():
-            raise _EndedError
+            raise _EndedError("nobody tells of a primary" if not nodes else "the cluster has slots without a primary")
         links = await asyncio.gather(*(_Link.open(node, self._take) for node in nodes), return_exceptions=True)
         self._links = [link for link in links if isinstance(link, _Link)]
         for failure in links:
             if isinstance(failure, BaseException):
                 raise failure
-        beat_at = self._loop.time()
         while self._watches:
+            # From now on, not from the beat before: one that a new watch brings forward must not put off those to come.
+            beat_at = self._loop.time() + _BEAT_SECONDS
             self._wanted.clear()
             await self._track()
             await self._beat()
-            beat_at += _BEAT_SECONDS
             self._greet()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(max(beat_at, self._loop.time() + _BEAT_SECONDS / 10)):
@@ -195,7 +208,7 @@ class _Session:
                 if isinstance(reply, Exception):
                     meaning = meaning_of(reply, was_sent=True)
                     if meaning.is_transient:
-                        raise _EndedError
+                        raise _EndedError(meaning.reason)
                     raise call_error(reply, meaning, write=False)
             self._tracked[prefix] = db_name
 
@@ -219,16 +232,16 @@ class _Session:
             facts = [bytes(reply) if isinstance(reply, bytes) else str(reply).encode() for reply in replies]
             if not all(b"cluster_state:ok" in fact for fact in facts):
                 # The server may be cut off from the others, and know nothing of a failover.
-                raise _EndedError
+                raise _EndedError("the cluster is not well")
         elif kind == SENTINEL:
             if any(not isinstance(reply, list) or reply[0] != b"master" for reply in replies):
-                raise _EndedError
+                raise _EndedError("the server is no primary")
         elif any(isinstance(reply, Exception) for reply in replies):
             raise _EndedError
         # The servers may all be well, and one of them no primary any more without knowing it yet: so others are asked, too.
         await self._topology.refresh(is_forced=True)
         if self._topology.version != self._version:
-            raise _EndedError
+            raise _EndedError("the primaries have changed")
         if not self.is_established:
             # What was told before belongs to another time.
             self.tell_all(Lost())
@@ -240,7 +253,7 @@ class _Session:
             async with asyncio.timeout(_UNANSWERED_SECONDS):
                 return list(await asyncio.gather(*(link.ask(question) for link in self._links)))
         except TimeoutError:
-            raise _EndedError from None
+            raise _EndedError("no answer in time") from None
 
     def _take(self, wire_key: bytes | None, *, is_delete: bool = False) -> None:
         """Tell the watches of a change."""
@@ -284,7 +297,7 @@ class _Link:
         except NodeError as error:
             meaning = meaning_of(error.cause, was_sent=False)
             if meaning.is_transient:
-                raise _EndedError from None
+                raise _EndedError(meaning.reason) from None
             raise call_error(error.cause, meaning, write=False) from None
         return cls(connection, take)
 

@@ -12,6 +12,7 @@ from aiokv.backends.watching import HEARTBEAT_SECONDS, MAX_QUEUED_CHANGES, Alive
 from aiokv.testing.contract.suite import ContractSuite
 
 _PATIENCE_SECONDS: Final = 15.0
+_TICK_SECONDS: Final = 0.1
 
 
 async def begun(watch: Watch) -> Watch:
@@ -47,6 +48,19 @@ async def events_until(watch: Watch, key: str) -> list[WatchEvent]:
             if not isinstance(event, Alive):
                 events.append(event)
     raise AssertionError(f"the watch ended after {len(events)} events")
+
+
+async def _next_within(watch: Watch, seconds: float) -> WatchEvent:
+    """Read an event; time in which a busy machine lets this process do nothing does not count."""
+    reading = asyncio.ensure_future(anext(watch))
+    try:
+        for _ in range(round(seconds / _TICK_SECONDS)):
+            await asyncio.wait([reading], timeout=_TICK_SECONDS)
+            if reading.done():
+                return reading.result()
+    finally:
+        reading.cancel()
+    raise AssertionError(f"the watch is silent for {seconds:g} s")
 
 
 class WatchContract(ContractSuite):
@@ -186,8 +200,7 @@ class WatchContract(ContractSuite):
     async def test_silent_watch_says_that_it_is_alive(self, watching: WatchBackend) -> None:
         async with watching.watch("db") as watch:
             await begun(watch)
-            async with asyncio.timeout(HEARTBEAT_SECONDS * 4):
-                assert await anext(watch) == Alive()
+            assert await _next_within(watch, HEARTBEAT_SECONDS * 4) == Alive()
 
     async def test_closed_watch_ends_for_the_task_that_reads_it(self, backend: Backend, watching: WatchBackend) -> None:
         watch = await begun(watching.watch("db"))

@@ -33,7 +33,9 @@ ASKS = {
     "claim": lambda backend: backend.claim("db", "p", OWNER, 5.0),
     "release": lambda backend: backend.release("db", "p", OWNER),
 }
+WRITES = {"clear": "DELETE keys", "claim": "PUT claims", "release": "DELETE claims"}
 every_ask = pytest.mark.parametrize("verb", list(ASKS))
+every_write = pytest.mark.parametrize("verb", list(WRITES))
 
 
 async def fill(service: ExtensionService, *keys: str) -> None:
@@ -71,7 +73,7 @@ async def test_clearing_deletes_at_most_the_limit_at_once() -> None:
 async def test_claims_exclude_one_another() -> None:
     service = ExtensionService()
     async with connected(service) as backend:
-        assert await backend.claim("db", "a/b", OWNER, 5.0) == (True, 5.0)
+        assert (await backend.claim("db", "a/b", OWNER, 5.0))[:2] == (True, 5.0)
         other = await backend.claim("db", "a/b", "other", 5.0)
         assert not other.is_held
         assert 0 < other.seconds_left <= 5.0
@@ -112,7 +114,87 @@ async def test_server_without_extensions_is_told_apart_from_a_failure(verb: str,
         error = caught.value
         assert (error.verb, error.db_name, error.key, error.maybe_applied) == (verb, "db", "p", False)
         assert not error.transient
+    # What reads may ask a server that has said nothing of it; what writes may not.
+    assert len(service.asked) == (0 if is_known and verb in WRITES else 1)
+    assert not set(service.asked) & set(WRITES.values())
+
+
+@every_write
+async def test_nothing_is_changed_by_a_server_that_does_not_name_the_extension(verb: str) -> None:
+    service = ExtensionService()
+    await fill(service, "p1")
+    service.extensions = None
+
+    async def do(request: web.BaseRequest) -> web.StreamResponse | None:
+        # It knows the paths all the same.
+        service.extensions = "batch, scan, claims, watch"
+        response = await service.serve(request)
+        service.extensions = None
+        del response.headers["Aiokv-Extensions"]
+        return response
+
+    service.override = do
+    async with connected(service, is_known=False) as backend:
+        for _ in range(2):
+            with pytest.raises(UnsupportedError) as caught:
+                await ASKS[verb](backend)
+            assert not caught.value.maybe_applied
+            assert caught.value.verb == verb
     assert len(service.asked) == 1
+    assert service.asked[0].startswith("GET ")
+    assert await service.backend.get("db", "p1") == "value"
+    assert (await service.backend.claim("db", "p", "other", 5.0)).is_held
+
+
+@every_write
+async def test_server_that_is_not_known_is_asked_by_a_read_first_and_only_once(verb: str) -> None:
+    service = ExtensionService()
+    await fill(service, "p1", "p2")
+    async with connected(service, is_known=False) as backend:
+        await ASKS[verb](backend)
+        await ASKS[verb](backend)
+    question, *writes = service.asked
+    assert question == ("GET keys" if verb == "clear" else "GET get")
+    assert writes == [WRITES[verb]] * 2
+
+
+@every_write
+async def test_server_that_does_not_know_the_path_of_a_listing_is_asked_nothing_more(verb: str) -> None:
+    service = ExtensionService(extensions=None)
+    async with connected(service, is_known=False) as backend:
+        for ask in (ASKS["scan"], ASKS[verb]):
+            with pytest.raises(UnsupportedError):
+                await ask(backend)
+    assert service.asked == ["GET keys"]
+
+
+@every_write
+async def test_refusal_of_the_read_tells_of_the_extension_too(verb: str) -> None:
+    service = ExtensionService()
+
+    async def refuse_reads(request: web.BaseRequest) -> web.Response | None:
+        return service.respond(403, error_body("no reads")) if request.method == "GET" else None
+
+    service.override = refuse_reads
+    async with connected(service, is_known=False) as backend:
+        await ASKS[verb](backend)
+    assert service.asked[-1] == WRITES[verb]
+
+
+@every_write
+async def test_answer_of_a_gateway_in_between_does_not_make_a_server_unable(verb: str) -> None:
+    service = ExtensionService()
+
+    async def fail(_: web.BaseRequest) -> web.Response:
+        return web.Response(status=502)
+
+    async with connected(service, policy=RetryPolicy.none()) as backend:
+        service.override = fail
+        with pytest.raises(UnavailableError):
+            await backend.get("db", "k")
+        service.override = None
+        await ASKS[verb](backend)
+    assert service.asked[-1] == WRITES[verb]
 
 
 @every_ask
@@ -162,12 +244,15 @@ async def test_gateway_that_fails_is_no_proof_that_the_server_lacks_anything(ver
     async def fail(_: web.BaseRequest) -> web.Response:
         return web.Response(status=502)
 
-    async with ScriptedService(handler=fail) as scripted:
-        backend = RemoteBackend(URL(scripted.url), sleep=no_wait, policy=RetryPolicy.none())
-        with pytest.raises(UnavailableError) as caught:
-            await ASKS[verb](backend)
-        assert caught.value.maybe_applied is (verb in {"clear", "claim", "release"})
-        await backend.aclose()
+    service = ExtensionService()
+    async with connected(service, policy=RetryPolicy.none()) as backend:
+        service.override = fail
+        # The first answer is forgotten by the second call, which asks by a read.
+        for maybe_applied in (verb in WRITES, False):
+            with pytest.raises(UnavailableError) as caught:
+                await ASKS[verb](backend)
+            assert caught.value.maybe_applied is maybe_applied
+            assert caught.value.verb == verb
 
 
 @every_ask
@@ -175,10 +260,11 @@ async def test_broken_connection_says_whether_something_may_have_changed(verb: s
     service = ExtensionService()
     async with ScriptedService(handler=service.answer) as scripted, FaultProxy(scripted.url) as proxy:
         backend = RemoteBackend(URL(proxy.url), sleep=no_wait, policy=RetryPolicy.none())
+        await backend.get("db", "whether it has extensions")
         proxy.faults = ResetAfter()
         with pytest.raises(TransportError) as caught:
             await ASKS[verb](backend)
-        assert caught.value.maybe_applied is (verb in {"clear", "claim", "release"})
+        assert caught.value.maybe_applied is (verb in WRITES)
         assert caught.value.verb == verb
         await backend.aclose()
 
@@ -199,7 +285,7 @@ async def test_answer_that_lies_is_an_error(verb: str, body: bytes) -> None:
         service.override = lie
         with pytest.raises(ResponseError) as caught:
             await ASKS[verb](backend)
-        assert caught.value.maybe_applied is (verb in {"clear", "claim", "release"})
+        assert caught.value.maybe_applied is (verb in WRITES)
 
 
 async def test_owner_of_a_claim_is_masked_in_what_the_service_says() -> None:
@@ -294,7 +380,7 @@ async def test_address_with_a_prefix_keeps_it() -> None:
 
     async def note(request: web.BaseRequest) -> web.Response:
         paths.append(request.raw_path)
-        return service.respond(404, error_body("no"))
+        return service.respond(400, error_body("no"))
 
     service.override = note
     async with connected(service, is_known=False, through=lambda url: f"{url}/a%20prefix/") as backend:

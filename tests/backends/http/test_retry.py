@@ -665,3 +665,58 @@ async def test_cancellation_in_the_moment_of_the_timeout_stays_a_cancellation() 
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+
+
+@contextlib.asynccontextmanager
+async def held_calls(count: int) -> AsyncGenerator[tuple[list[asyncio.Task[None]], asyncio.Event]]:
+    """Yield sets that a service has got, each sent once, and what lets it answer them."""
+    answers, arrived = asyncio.Event(), 0
+
+    async def answer(_: web.BaseRequest) -> web.StreamResponse:
+        nonlocal arrived
+        arrived += 1
+        await answers.wait()
+        return web.json_response({"ok": True})
+
+    async with ScriptedService(handler=answer) as scripted:
+        backend = RemoteBackend(URL(scripted.url), policy=RetryPolicy(attempts=1))
+        calls = [asyncio.create_task(backend.set("db", f"k{number}", VALUE, 60)) for number in range(count)]
+        async with asyncio.timeout(10):
+            while arrived < count:
+                await asyncio.sleep(0.001)
+        yield calls, answers
+        answers.set()
+        await backend.aclose()
+
+
+def stand_still(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let time pass in which the event loop does nothing."""
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    monkeypatch.setattr(loop, "time", lambda: time() + seconds)
+
+
+async def test_calls_that_are_answered_after_a_standstill_are_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with held_calls(64) as (calls, answers):
+        stand_still(monkeypatch, 25.0)
+        answers.set()
+        assert await asyncio.gather(*calls) == [None] * 64
+
+
+async def test_calls_that_are_not_answered_after_a_standstill_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with held_calls(3) as (calls, _):
+        stand_still(monkeypatch, 25.0)
+        async with asyncio.timeout(8):
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [CallTimeoutError] * 3
+
+
+async def test_loop_that_stands_still_again_and_again_ends_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with held_calls(3) as (calls, _):
+        for _ in range(50):
+            # Longer than a call may wait for what has come meanwhile.
+            stand_still(monkeypatch, 5.0)
+            await asyncio.sleep(0)
+        assert all(call.done() for call in calls)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [CallTimeoutError] * 3

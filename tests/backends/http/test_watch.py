@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import logging
+import socket
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -11,6 +13,7 @@ from extension_service import ALL, ExtensionService, connected
 from helpers import no_wait
 from yarl import URL
 
+from aiokv import clock
 from aiokv.backends.http import watching
 from aiokv.backends.http.backend import RemoteBackend
 from aiokv.backends.http.options import HttpOptions
@@ -353,3 +356,63 @@ async def test_closed_backend_ends_its_watches_and_those_of_its_views() -> None:
             with pytest.raises(StopAsyncIteration):
                 await anext(watch)
         assert not backend._watches._open
+
+
+async def test_host_that_was_never_there_is_warned_of_once_a_minute(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(clock, "monotonic", lambda: now)
+    attempts = 0
+
+    async def no_wait_but_count(_: float) -> None:
+        nonlocal attempts
+        attempts += 1
+        await asyncio.sleep(0)
+
+    async def more_attempts() -> None:
+        wanted = attempts + 10
+        async with asyncio.timeout(10):
+            while attempts < wanted:
+                await asyncio.sleep(0.001)
+
+    def warnings() -> list[str]:
+        texts = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        return [text for text in texts if "a watch" in text]
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    backend = RemoteBackend(URL(f"http://127.0.0.1:{port}"), policy=RetryPolicy.none(), sleep=no_wait_but_count)
+    watches = [backend.watch("db"), backend.watch("other")]
+    await more_attempts()
+    (line,) = warnings()
+    assert f"127.0.0.1:{port}" in line
+    assert "goes on trying" in line
+    assert "no connection" in line
+    now += 61.0
+    await more_attempts()
+    assert len(warnings()) == 2
+    assert not any(watch.is_closed for watch in watches)
+    await backend.aclose()
+
+
+async def test_host_that_was_there_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    script = ScriptedStream([lost_event("e1")], [], [change("a", "e2")])
+    async with watched(script) as watch:
+        await take(watch, 1)
+        script.status = 503
+        async with asyncio.timeout(10):
+            while len(script.last_event_ids) < 5:
+                await asyncio.sleep(0.001)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING and "a watch" in record.getMessage()]
+
+
+@pytest.mark.parametrize("play", [[], [lost_event("e1")]], ids=["no event", "one event"])
+async def test_stream_of_comments_alone_is_taken_for_broken(monkeypatch: pytest.MonkeyPatch, play: list[bytes]) -> None:
+    monkeypatch.setattr(watching, "SILENCE_SECONDS", 0.2)
+    script = ScriptedStream(*([play] if play else []))
+    async with watched(script):
+        async with asyncio.timeout(10):
+            while script.open < 3:
+                await asyncio.sleep(0.01)
+    assert len(script.last_event_ids) >= 3
