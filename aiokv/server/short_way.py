@@ -55,6 +55,10 @@ class Asker(Protocol):
         """Answer the request in the long way."""
         ...
 
+    def abort(self) -> None:
+        """Cut the connection: no answer will come."""
+        ...
+
 
 class ShortWay:
     """Answers plain gets and sets.
@@ -164,11 +168,15 @@ class ShortWay:
         except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
             values = [error] * len(gathered)
         for (asker, text, account, started, _), value in zip(gathered, values, strict=True):
-            answer = self._answer_with(value, account, started)
-            if answer is None:
-                asker.take_long_way(text.encode())
-            else:
-                asker.take_answer(answer)
+            try:
+                answer = self._answer_with(value, account, started)
+                if answer is None:
+                    asker.take_long_way(text.encode())
+                else:
+                    asker.take_answer(answer)
+            except Exception as fault:  # noqa: BLE001 (one must not keep the others waiting)
+                asker.abort()
+                get_running_loop().call_exception_handler({"message": "a get could not be answered", "exception": fault})
 
     def _set(self, data: memoryview, asker: Asker) -> bytes | None:
         set_soon, quotas, budget = self._service.set_soon, self._admission.quotas, self._admission.budget

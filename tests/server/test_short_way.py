@@ -368,6 +368,32 @@ async def test_a_read_that_fails_answers_all_that_were_gathered(tmp_path: Path, 
         assert b"HTTP/1.1 404 " in await client.send(get("a"))
 
 
+async def test_a_get_that_cannot_be_answered_cuts_its_own_connection_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context["exception"]))
+    async with opened("sqlite", tmp_path) as backend:
+        await backend.set("db", "a", "one", 60)
+        server = Server(backend, ServerOptions())
+        clients = [Client(server) for _ in range(3)]
+        for _ in range(2):
+            await clients[0].send(get("a"))
+
+        def fail(_: bytes) -> bool:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(clients[0].connection, "take_answer", fail)
+        for client in clients:
+            client.feed(get("a"))
+        assert all([b'{"value":"one"}' in await client.answered() for client in clients[1:]])
+        assert clients[0].wire.is_closed
+        assert [type(fault) for fault in faults] == [ZeroDivisionError]
+        for client in clients:
+            client.close()
+        server.abort()
+
+
 async def test_draining_server_closes_also_what_was_plain() -> None:
     backend = MemoryBackend()
     async with client_of(backend) as client:
