@@ -27,7 +27,6 @@ MAX_EVENT_BYTES: Final = 64 * 1024
 
 _LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")
 _EVENT_ID = re.compile(r"[!-~]{1,128}")
-_NO_DATA = b"{}"
 
 
 def is_event_id(text: str) -> bool:

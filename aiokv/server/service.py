@@ -37,16 +37,12 @@ from aiokv.wire import METHODS, TOKEN_PATH, Verb, value_body
 
 logger = logging.getLogger("aiokv.server")
 
-# Of what is no set, the body is thrown away as it comes.
-_MAX_OTHER_BODY_BYTES = 64 * 1024
-_MAX_KNOWN_HOSTS = 64
 _VERBS: dict[bytes, tuple[Verb, bytes]] = {
     b"get": ("get", METHODS["get"].encode()),
     b"set": ("set", METHODS["set"].encode()),
     b"delete": ("delete", METHODS["delete"].encode()),
 }
 _TOKEN_PATH = TOKEN_PATH.encode()
-_UNKNOWN = Answer(0, b"")
 
 Result = Answer | Coroutine[None, None, Answer]
 Page = Callable[[], Result]
