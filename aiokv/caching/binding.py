@@ -183,8 +183,14 @@ class _Shipped(_Unbound):
             if name not in _BUILT:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             self._take(recipe_of(self._stand_in).cache())
-            # From now on it is an unbound form as others: those without `__getattr__` are read faster.
-            self.__class__ = _forms_of(self._kind).unbound
+            # From now on it is an unbound form as others: those without `__getattr__` are read faster. One thread changes the
+            # class: where an audit hook lets others run meanwhile, CPython gives up the old class once for each that does.
+            claim = object()
+            if _completing.setdefault(id(self), claim) is claim:
+                try:
+                    self.__class__ = _forms_of(self._kind).unbound
+                finally:
+                    del _completing[id(self)]
             return getattr(self, name)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -307,6 +313,8 @@ def _bind(unbound: _Unbound, instance: object) -> Any:
 
 
 _BUILT = frozenset({"_cache", "_quick", "_quick_bound"})
+# The claims of those that are changing the class of a shipped form, by its id.
+_completing: dict[int, object] = {}
 # Those that were decorated here, by their stand-ins and by their tokens: by name, or back from elsewhere, each is itself.
 _unbound: "weakref.WeakValueDictionary[types.FunctionType, CachedCallable]" = weakref.WeakValueDictionary()
 _at_home: "weakref.WeakValueDictionary[str, CachedCallable]" = weakref.WeakValueDictionary()

@@ -350,6 +350,60 @@ def test_threads_that_complete_a_shipped_function_at_once_complete_one(module: A
         assert len(set(map(id, caches))) == 1
 
 
+HOOKED = """
+import pickle, sys, threading
+
+import cloudpickle
+
+from aiokv import AsyncKVStore, kv_cached
+from aiokv.caching import binding
+
+kv = AsyncKVStore("db", url="memory://")
+
+
+@kv_cached(60, store=kv)
+async def compute(n: int) -> int:
+    return n
+
+
+def hook(event, arguments):
+    # Other threads have their turn here.
+    return event
+
+
+sent = cloudpickle.dumps(compute)
+binding._at_home.clear()
+shipped_form = binding._forms_of(type(compute)._kind).shipped
+# Should a reference be given up that nobody took, the class does not go away under the test.
+kept = [shipped_form] * 10_000
+before = sys.getrefcount(shipped_form)
+sys.addaudithook(hook)
+sys.setswitchinterval(1e-6)
+for _ in range(200):
+    shipped = pickle.loads(sent)
+    start = threading.Barrier(4)
+
+    def complete():
+        start.wait()
+        shipped._cache
+
+    threads = [threading.Thread(target=complete) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert type(shipped) is type(compute)
+    del shipped
+print(sys.getrefcount(shipped_form) - before)
+"""
+
+
+@pytest.mark.slow
+def test_threads_that_complete_a_shipped_function_beside_an_audit_hook_leave_its_class_alive(tmp_path: Path) -> None:
+    # In a process of its own: an audit hook stays.
+    assert run(tmp_path, "-c", HOOKED) == "0\n"
+
+
 def test_what_comes_back_home_is_what_was_sent(module: Any) -> None:
     service, method, many = module.Service(), module.Service.__dict__["work"], module.Service.many
     sent = (module.second, module.first.__wrapped__, service, service.work, many)
