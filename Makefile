@@ -7,6 +7,8 @@ DEMO_VENV := .venv-demo
 # Under these versions the cache and the store are tested with eager tasks, too; `EAGER_ARGS=` takes the slow tests in.
 EAGER_VERSIONS := 3.12 3.13
 EAGER_ARGS ?= -m "not slow"
+# A file's tests stay together, since they share what is slow to start.
+PYTEST_ARGS ?= --numprocesses=auto --dist=loadfile
 # A name of pyenv's on the PATH need not lead to an interpreter.
 python_of = $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(1).*/bin/python; do \
 	"$$python" -c 'import ensurepip, sqlite3, ssl' 2>/dev/null && { echo "$$python"; break; }; done)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,6 +40,12 @@ def all_texts(error: BaseException) -> str:
             texts += [str(link), repr(link), repr(link.args), repr(vars(link))]
             links += [link.__cause__, link.__context__]
     return "\n".join(texts)
+
+
+def stable_id(value: object) -> str:
+    """Name a parameter alike in every process, which those that share a run must agree on: without addresses, sets in order."""
+    text = "{" + ", ".join(sorted(map(repr, value))) + "}" if isinstance(value, set | frozenset) else ascii(value)
+    return re.sub(r" at 0x[0-9a-f]+|(?<=id=')[0-9a-f]+", "", text)[:60]
 
 
 def clean_environment(home: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import zstandard
+from helpers import stable_id
 
 from aiokv import ConfigurationError
 from aiokv.caching.codecs import DEFAULT_MAX_BYTES, JSON, Codec, Encrypted, Zstd, check_codecs
@@ -222,7 +223,7 @@ def test_steps_that_could_not_be_told_apart_are_refused(names: list[Any]) -> Non
         (NamedStep("a", required=None), "required"),
         (NamedStep("a", required=1), "required"),
     ],
-    ids=repr,
+    ids=stable_id,
 )
 def test_what_is_no_codec_is_refused_with_what_to_do(codec: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):

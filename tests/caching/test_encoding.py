@@ -29,7 +29,7 @@ import numpy as np
 import pydantic
 import pytest
 from golden_values import Colour, Level, Model, Open, OtherModel, OtherPoint, OtherTenant, Pair, Point, Tenant, Word
-from helpers import REPOSITORY
+from helpers import REPOSITORY, stable_id
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from key_values import SMALL, VALUES, identity
@@ -130,7 +130,7 @@ def test_alike_values_are_told_apart(values: tuple[object, ...]) -> None:
         (Point(1), Point(1, 0.5)),
         (dt.datetime(2024, 1, 1, tzinfo=dt.UTC), dt.datetime(2024, 1, 1, tzinfo=dt.timezone(dt.timedelta(0)))),
     ],
-    ids=repr,
+    ids=stable_id,
 )
 def test_equal_values_share_an_encoding(first: object, second: object) -> None:
     assert encode(first) == encode(second)

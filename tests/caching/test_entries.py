@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 import pytest
 import zstandard
+from helpers import stable_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -259,7 +260,7 @@ class TestAuthenticated:
         ((Zstd(), ENCRYPTED), "aesgcm+zstd"),
         ((ENCRYPTED,), "zstd+aesgcm"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_entry_of_other_codecs_is_a_miss(codecs: tuple[Codec, ...], applied: str) -> None:
     assert unpacked(f'[2,"a:0:ff","5c",1,2,0,"{applied}"]\n1', *codecs) is None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 import pytest
+from helpers import stable_id
 from typing_extensions import TypedDict
 
 from aiokv import AsyncKVStore, NearCache, kv_cached
@@ -118,7 +119,7 @@ async def test_hit_returns_what_the_miss_returned(returns: Any, result: Any, *, 
         (Pair, Pair(True, "a")),
         (Point, Point(1.0, [enum.StrEnum("Tag", "RED").RED])),  # type: ignore[attr-defined]
     ],
-    ids=str,
+    ids=stable_id,
 )
 async def test_result_that_would_come_back_changed_is_refused_and_not_stored(
     returns: Any, result: Any, store: AsyncKVStore

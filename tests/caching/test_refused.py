@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from typing import Any
 
 import pytest
+from helpers import stable_id
 
 from aiokv import AsyncKVStore, CachedFunction, kv_cached
 
@@ -48,7 +49,7 @@ async def _coroutine_function(name: str) -> str:
         (property(_plain), "not a coroutine function"),
         (None, "not a coroutine function"),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=stable_id,
 )
 def test_what_has_no_one_result_to_await_is_refused(decorated: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):

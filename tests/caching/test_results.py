@@ -17,6 +17,7 @@ import orjson
 import pydantic
 import pydantic.dataclasses
 import pytest
+from helpers import stable_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from result_types import (
@@ -199,7 +200,7 @@ ROUND_TRIPS: list[tuple[Any, object]] = [
 ]
 
 
-@pytest.mark.parametrize(("returns", "result"), ROUND_TRIPS, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(("returns", "result"), ROUND_TRIPS, ids=stable_id)
 def test_annotated_result_comes_back_equal_and_of_its_type(returns: Any, result: object) -> None:
     codec = codec_of(returns)
     back = round_trip(codec, result)
@@ -311,7 +312,7 @@ PLACES = pytest.mark.parametrize("place", [lambda value: value, lambda value: {"
 
 @NATIVE_TYPES
 @PLACES
-@pytest.mark.parametrize("result", NOT_NATIVE, ids=lambda value: ascii(value)[:25])
+@pytest.mark.parametrize("result", NOT_NATIVE, ids=stable_id)
 def test_type_that_json_would_change_is_a_type_error_with_ways_out_that_never_shows_the_value(
     result: object, place: Callable[[object], object], returns: Any, advice: str
 ) -> None:
@@ -583,7 +584,7 @@ def state_of(value: Any) -> Any:
     return type(value), repr(value)
 
 
-@pytest.mark.parametrize(("returns", "result"), STATES, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(("returns", "result"), STATES, ids=stable_id)
 def test_state_that_equality_does_not_see_comes_back_as_it_was(returns: Any, result: Any) -> None:
     codec = codec_of(returns)
     before = state_of(result)

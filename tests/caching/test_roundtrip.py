@@ -14,6 +14,7 @@ from typing import Any, Generic, Self, TypeVar, Union
 
 import pydantic
 import pytest
+from helpers import stable_id
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from result_types import (
@@ -318,7 +319,7 @@ def noted(value: Any, note: int) -> Any:
         (Box[Any](content=1), Box[int](content=1)),
         (Frozen(name="m"), Frozen(name="m", size=1)),
     ],
-    ids=lambda value: repr(value)[:30],
+    ids=stable_id,
 )
 def test_what_equality_does_not_see_is_a_difference_at_any_depth(one: Any, other: Any) -> None:
     for wrap in (

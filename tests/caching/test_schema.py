@@ -16,6 +16,7 @@ import pydantic.dataclasses
 import pytest
 import result_types
 import typing_extensions
+from helpers import stable_id
 
 import aiokv
 from aiokv.caching.results import ResultCodec
@@ -235,7 +236,7 @@ class Opaque:
 @pytest.mark.parametrize(
     ("default", "is_plain"),
     [(1, True), ([1, {"a": (None,)}], True), (Opaque(), False), ([1, Opaque()], False), ({"a": {"b": Opaque()}}, False)],
-    ids=repr,
+    ids=stable_id,
 )
 def test_unset_fields_are_left_out_only_where_the_mark_holds_all_of_each_default(default: Any, is_plain: object) -> None:
     assert describe(model({"a": (Any, default)})).may_omit_unset is is_plain
