@@ -1,4 +1,4 @@
-# One command each: make demo, make test, make lint, make fix, make bench.
+# One command each: make demo, make test, make packages, make lint, make fix, make bench.
 PYTHON ?= python3
 VENV := .venv
 BASE_VENV := .venv-base
@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 DEMO_VENV := .venv-demo
 # Under these versions the cache and the store are tested with eager tasks, too; `EAGER_ARGS=` takes the slow tests in.
 EAGER_VERSIONS := 3.12 3.13
+PACKAGE_VERSIONS := 3.12 3.13 3.14
 EAGER_ARGS ?= -m "not slow"
 # A file's tests stay together, since they share what is slow to start.
 PYTEST_ARGS ?= --numprocesses=auto --dist=loadfile
@@ -16,11 +17,12 @@ python_of = $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/ver
 eager_venv = $(strip $(if $(filter $(1),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')),$(VENV),\
 	$(if $(call python_of,$(1)),.venv-$(1))))
 
-.PHONY: help demo test test-eager lint fix bench clean
+.PHONY: help demo test test-eager packages lint fix bench clean
 
 help:
 	@echo "make demo    start an embedded server and watch values go through it"
 	@echo "make test    run every test, and those of the cache and the store with eager tasks on Python $(EAGER_VERSIONS)"
+	@echo "make packages  build the wheel and the sdist, and install and use them in fresh environments, with each extra alone"
 	@echo "make lint    check format, types and import directions"
 	@echo "make fix     apply what the formatter and the linter can fix"
 	@echo "make bench   measure: the client, durable sets, batches, imports, the decorator and its correctness, stampedes, faults, servers, engines"
@@ -63,6 +65,9 @@ test-eager: $(EAGER_VERSIONS:%=test-eager-%)
 $(EAGER_VERSIONS:%=test-eager-%): test-eager-%: $$(addsuffix /.installed,$$(call eager_venv,$$*))
 	@$(if $(call eager_venv,$*),$(call eager_venv,$*)/bin/python -m pytest --eager-tasks $(EAGER_ARGS) tests/caching tests/store, \
 	echo "Python $* is absent: the cache and the store are not tested with eager tasks under it.")
+
+packages: $(VENV)/.installed
+	$(BIN)/python tests/packages.py $(foreach version,$(PACKAGE_VERSIONS),$(call python_of,$(version)))
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
