@@ -25,7 +25,7 @@ help:
 	@echo "make packages  build the wheel and the sdist, and install and use them in fresh environments, with each extra alone"
 	@echo "make lint    check format, types and import directions"
 	@echo "make fix     apply what the formatter and the linter can fix"
-	@echo "make bench   measure: the client, durable sets, batches, imports, the decorator and its correctness, stampedes, faults, servers, engines"
+	@echo "make bench   measure all, keep the figures in benchmarks/results, and renew docs/benchmarks.md from them"
 
 $(DEMO_VENV)/.installed: pyproject.toml
 	@echo "Installing aiokv into $(DEMO_VENV) ..."
@@ -85,20 +85,7 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/client_overhead.py
-	$(BIN)/python benchmarks/sqlite_sets.py
-	$(BIN)/python benchmarks/import_time.py
-	$(BIN)/python benchmarks/decorator.py
-	$(BIN)/python benchmarks/instructions.py
-	$(BIN)/python benchmarks/linearity.py --seconds 60
-	$(BIN)/python benchmarks/outage.py
-	$(BIN)/python benchmarks/stampede.py --plot stampede.png
-	$(BIN)/python benchmarks/faults.py --plot faults.png
-	$(BIN)/python benchmarks/batches.py
-	$(BIN)/python benchmarks/server.py --plot server.png
-	$(BIN)/python benchmarks/failover.py
-	$(BIN)/python benchmarks/engines.py --json engines.json --plot engines.svg
-	$(BIN)/python benchmarks/scale.py --figures engines.json --plot scale.svg
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV) $(BASE_VENV) $(DEMO_VENV) .venv-3.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist .coverage*

@@ -20,7 +20,6 @@ The exit status is 1 where an aim is missed.
 import argparse
 import asyncio
 import gc
-import json
 import os
 import statistics
 import sys
@@ -33,7 +32,19 @@ from typing import Any
 
 import aiohttp
 import orjson
-from harness import count_instructions, has_valgrind, paired_ratio, progress, served, verdict, where
+from harness import (
+    add_json_option,
+    count_instructions,
+    has_valgrind,
+    note_aim,
+    note_table,
+    paired_ratio,
+    progress,
+    served,
+    verdict,
+    where,
+    write_json,
+)
 from yarl import URL
 
 from aiokv import AsyncKVStore, HttpOptions
@@ -208,6 +219,7 @@ def judge(figures: Figures) -> dict[str, bool]:
     if "one" in figures:
         alone, plain = figures["one"], figures["one, no batching"]
         print(f"\nA get alone: {alone:,.0f} instructions, without batching {plain:,.0f}")
+        note_table("A get alone", ["instructions"], {"with batching": [alone], "without": [plain]})
         met["one"] = verdict("a get alone, to a plain GET,", alone / plain, AIMS["one"])
     if "many" in figures:
         of_key, bare = figures["many"] / len(KEYS), figures["bare aiohttp"]
@@ -215,16 +227,22 @@ def judge(figures: Figures) -> dict[str, bool]:
             f"\nget_many of {len(KEYS)} keys: {of_key:,.0f} instructions for each, bare aiohttp {bare:,.0f} for a GET of each"
         )
         met["many"] = of_key <= AIMS["many"]
+        note_table(f"Each key of {len(KEYS)}", ["instructions"], {"get_many": [of_key], "bare aiohttp, a GET of each": [bare]})
+        note_aim("get_many, for each key", of_key, AIMS["many"], "instructions", is_met=met["many"])
         print(f"  aim: at most {AIMS['many']:,.0f} for each: {'met' if met['many'] else 'MISSED'}")
     if "AsyncKVStore" in figures:
         ours, bare = figures["AsyncKVStore"], figures["bare aiohttp, at once"]
         print(
             f"\n64 gets at once: {statistics.median(ours):.1f} us of CPU for each, bare aiohttp {statistics.median(bare):.1f}"
         )
+        rows = {name: [statistics.median(values)] for name, values in (("AsyncKVStore", ours), ("bare aiohttp", bare))}
+        note_table("Each of 64 gets at once", ["CPU us"], rows)
         met["at once"] = verdict("CPU of 64 gets at once, to bare aiohttp,", paired_ratio(ours, bare), AIMS["at once"])
     if "SQLite" in figures:
         ours, base = figures["over HTTP"], figures["SQLite"]
         print(f"\nKeys in bulk: {statistics.median(ours):.2f} s over HTTP, SQLite itself {statistics.median(base):.2f} s")
+        rows = {name: [statistics.median(figures[name])] for name in ("SQLite", "over HTTP")}
+        note_table("All keys written and read in bulk", ["seconds"], rows)
         met["bulk"] = verdict("keys over HTTP, to SQLite in process,", paired_ratio(ours, base), AIMS["bulk"])
     return met
 
@@ -238,7 +256,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of `at once` and `bulk` (default: %(default)s)")
     parser.add_argument("--value-bytes", type=int, default=100)
     parser.add_argument("--folder", help="where to put SQLite's files (default: this folder)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    add_json_option(parser)
     parser.add_argument("--subject", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.subject:
@@ -257,10 +275,7 @@ def main() -> int:
         print(f"\n{options.keys:,} keys of {options.value_bytes} bytes in batches of {BATCH_KEYS:,}, {options.rounds} rounds")
         figures |= asyncio.run(measure_bulk(options))
     met = judge(figures)
-    if options.json:
-        result = {"where": where(), "options": vars(options), "figures": figures, "aims_met": met}
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\njson: {options.json}")
+    write_json(options, figures=figures)
     return 0 if all(met.values()) else 1
 
 

@@ -27,7 +27,18 @@ from typing import NamedTuple
 
 import aiohttp
 import orjson
-from harness import count_instructions, has_valgrind, progress, report, served, verdict, where
+from harness import (
+    add_json_option,
+    count_instructions,
+    has_valgrind,
+    note_table,
+    progress,
+    report,
+    served,
+    verdict,
+    where,
+    write_json,
+)
 from yarl import URL
 
 from aiokv import AsyncKVStore
@@ -135,14 +146,17 @@ def count(address: str, value_bytes: int) -> bool:
     costs = {subject: (totals[subject, MORE] - totals[subject, FEWER]) / (MORE - FEWER) for subject in subjects}
     print(f"\nInstructions of a call on a warm connection, {value_bytes}-byte values\n{where()}, {MORE:,} calls less {FEWER:,}")
     met = []
+    rows = {}
     for subject, cost in costs.items():
         ratio = cost / costs[subject._replace(contender=BARE)]
+        rows[f"{subject.verb}, {subject.concurrency} at once, {subject.contender}"] = [cost, ratio]
         print(
             f"  {subject.verb}, {subject.concurrency:2} at once, {subject.contender:<13} {cost:10,.0f} instructions"
             f"  {ratio:5.3f} x {BARE}"
         )
         if subject.contender == OURS:
             met.append(verdict(f"{subject.verb}, {subject.concurrency} at once,", ratio, AIMS[subject.verb]))
+    note_table("Instructions of a call on a warm connection", ["instructions", f"x {BARE}"], rows)
     return all(met)
 
 
@@ -179,6 +193,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=15, help="batches of each contender")
     parser.add_argument("--value-bytes", type=int, default=100)
     parser.add_argument("--aim", type=float, default=1.25, help="largest ratio of CPU that is no failure")
+    add_json_option(parser)
     parser.add_argument("--subject", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.subject:
@@ -189,6 +204,7 @@ def main() -> int:
             met = not has_valgrind() or count(address, options.value_bytes)
         else:
             met = verdict("CPU of a GET", asyncio.run(measure(address, options)), options.aim)
+    write_json(options)
     return 0 if met else 1
 
 

@@ -28,7 +28,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
-from harness import paired_ratio, progress, report, served, verdict
+from harness import add_json_option, paired_ratio, progress, report, served, verdict, write_json
 
 from aiokv import AsyncKVStore, NearCache, kv_cached
 
@@ -258,8 +258,10 @@ def main() -> int:
     parser.add_argument(
         "--store-aim", type=float, default=1.15, help="largest ratio to a bare read that is no failure (default: %(default)s)"
     )
+    add_json_option(parser)
     options = parser.parse_args()
     results = [measure(options) for measure in (near, store) if options.only in {None, measure.__name__}]
+    write_json(options)
     return 0 if all(results) else 1
 
 

@@ -21,7 +21,6 @@ What is not installed is left out, and why. `scale.py` reads the JSON.
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines_contenders import BASES, CONTENDERS, Client, Contender, Figures, reason_to_leave_out, started
-from harness import paired_ratio, progress, where
+from harness import add_json_option, note_table, paired_ratio, progress, where, write_json
 
 # Of each contender, by `get at 64` and so on: its batches.
 Measured = dict[str, dict[str, list[Figures]]]
@@ -65,6 +64,7 @@ def describe(measured: Measured, contenders: Sequence[Contender], options: argpa
     for load in next(iter(measured.values())):
         print(f"\n{load.capitalize()} task{'' if load.endswith(' at 1') else 's'}")
         print(f"  {'':<24}{''.join(f'{one:>10}' for one in heads)}")
+        rows: dict[str, Sequence[float | None]] = {}
         for contender in contenders:
             batches = measured[contender.name][load]
             middle = medians(batches)
@@ -76,8 +76,16 @@ def describe(measured: Measured, contenders: Sequence[Contender], options: argpa
                 f"{middle['total_us']:10.1f}{min(totals):10.1f}{ratio:>10}{middle['p50_us']:10,.0f}{middle['p99_us']:10,.0f}"
                 f"{middle['rate']:10,.0f}  "
             )
+            rows[contender.name] = [
+                *(middle[part] for part in ("client_us", "server_us", "engine_us", "total_us")),
+                min(totals),
+                paired_ratio(totals, [batch["total_us"] for batch in base]) if base else None,
+                *(middle[part] for part in ("p50_us", "p99_us", "rate")),
+            ]
             note = contender.set_note if load.startswith("set") else contender.get_note
             print(f"{line}{note}".rstrip())
+        columns = ["client CPU us", "server us", "engine us", "total us", "lowest", "x peer", "p50 us", "p99 us", "calls/s"]
+        note_table(f"{load.capitalize()} task{'' if load.endswith(' at 1') else 's'}", columns, rows, drawn=3)
     print(f"\n'x peer' is the total CPU against {'; '.join(BASES.values())}")
 
 
@@ -112,27 +120,22 @@ def plot(measured: Measured, contenders: Sequence[Contender], options: argparse.
     print(f"\nplot: {options.plot}")
 
 
-def write_json(
+def write_figures(
     measured: Measured, clients: Mapping[str, Client], contenders: Sequence[Contender], options: argparse.Namespace
 ) -> None:
     """Write the figures, and what `scale.py` needs to know about each contender."""
-    result = {
-        "where": where(),
-        "options": vars(options),
-        "contenders": {
-            one.name: {
-                "engine": one.engine,
-                "door": one.door,
-                # A peer may keep its entries elsewhere than the engine's files, and a server in its own memory.
-                "entry_bytes": clients[one.name].entry_bytes if one.door == "embedded" else None,
-                "medians": {load: medians(batches) for load, batches in measured[one.name].items()},
-                "batches": measured[one.name],
-            }
-            for one in contenders
-        },
+    of_contenders = {
+        one.name: {
+            "engine": one.engine,
+            "door": one.door,
+            # A peer may keep its entries elsewhere than the engine's files, and a server in its own memory.
+            "entry_bytes": clients[one.name].entry_bytes if one.door == "embedded" else None,
+            "medians": {load: medians(batches) for load, batches in measured[one.name].items()},
+            "batches": measured[one.name],
+        }
+        for one in contenders
     }
-    Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\njson: {options.json}")
+    write_json(options, contenders=of_contenders)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -147,7 +150,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"some of: {'; '.join(names)}")
     parser.add_argument("--folder", help="where to put the files; sets wait for its disk (default: this folder)")
     parser.add_argument("--plot", metavar="FILE.svg", help="draw a plot (needs matplotlib)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    add_json_option(parser)
     parser.add_argument("--smoke", action="store_true", help="try the script itself: one round, few keys")
     options = parser.parse_args(arguments)
     if options.smoke:
@@ -189,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured = measure(clients, options)
         describe(measured, contenders, options)
         if options.json:
-            write_json(measured, clients, contenders, options)
+            write_figures(measured, clients, contenders, options)
     if options.plot:
         plot(measured, contenders, options)
     return 0

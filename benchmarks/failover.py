@@ -21,7 +21,6 @@ The exit status is 1 where a call failed, or the watch did not go on.
 import argparse
 import asyncio
 import contextlib
-import json
 import logging
 import random
 import sys
@@ -31,7 +30,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import REPOSITORY, progress, where
+from harness import REPOSITORY, add_json_option, note_aim, note_table, progress, where, write_json
 
 from aiokv import AsyncKVStore, CallError
 from aiokv.backends.redis.backend import RedisBackend
@@ -43,6 +42,7 @@ sys.path.insert(0, str(REPOSITORY / "tests" / "backends"))
 from redis_servers import RedisCluster, RedisServer, free_port, source_of
 
 FAULTS = ("kill", "cut", "stop")
+FAULT_NAMES = {"kill": "primary killed", "cut": "network cut", "stop": "primary stopped (SIGSTOP)"}
 DB_NAME = "failover"
 WRITERS = READERS = 40
 PAUSE_SECONDS = 0.01
@@ -320,20 +320,32 @@ def main() -> int:
     parser.add_argument("--only", choices=FAULTS, help="one fault alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--durability", choices=("acked", "replicated"), default="acked")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_json_option(parser)
     options = parser.parse_args()
     logging.getLogger("aiokv").setLevel(logging.ERROR)
     faults = [options.only] if options.only else FAULTS
-    if not options.json:
-        print(f"Failover of a cluster, {WRITERS} writers and {READERS} readers, durability={options.durability}\n{where()}")
+    print(f"Failover of a cluster, {WRITERS} writers and {READERS} readers, durability={options.durability}\n{where()}")
     found: dict[str, Figures] = {}
     for fault in faults:
         found[fault] = asyncio.run(measure(fault, options))
-        if not options.json:
-            show(fault, found[fault], options.rounds)
-    if options.json:
-        counted = {fault: {**vars(figures), "failed": len(figures.failed)} for fault, figures in found.items()}
-        print(json.dumps(counted, indent=2))
+        show(fault, found[fault], options.rounds)
+    columns = ["calls", "failed", "slowest s", "acknowledged sets", "lost", "wrong", "watch silent s"]
+    rows = {
+        FAULT_NAMES[fault]: [
+            one.calls,
+            len(one.failed),
+            one.slowest,
+            one.acknowledged,
+            one.lost,
+            one.wrong,
+            max(one.watch_seconds, default=0.0),
+        ]
+        for fault, one in found.items()
+    }
+    note_table(f"A cluster's node fails under load, {options.rounds} rounds", columns, rows)
+    for fault, one in found.items():
+        note_aim(f"failed calls, {FAULT_NAMES[fault]}", len(one.failed), 0, "calls", is_met=not one.failed)
+    write_json(options)
     return int(any(figures.failed or figures.wrong for figures in found.values()))
 
 

@@ -56,7 +56,7 @@ from pathlib import Path
 from typing import Self
 
 import orjson
-from harness import progress, served, verdict, where
+from harness import add_json_option, note_table, progress, served, verdict, where, write_json
 from stampede import percentile
 
 from aiokv import AsyncKVStore
@@ -508,7 +508,13 @@ def describe(outcomes: Outcomes, options: argparse.Namespace) -> None:
     )
     print(f"  {'':<20} {'':<14} {'':>6} {'%':>9} {'per call':>9} {'ms':>8} {'ms':>8} {'ms':>8} {'':>7} {'ms':>9} {'ms':>8}")
     for scenario, of_contenders in outcomes.items():
+        rows: dict[str, Sequence[float | None]] = {}
         for position, (name, outcome) in enumerate(of_contenders.items()):
+            rows[name] = [
+                100 * (1 - outcome.failed_share),
+                outcome.sends_per_call,
+                *(outcome.latency_ms(share) for share in (0.5, 0.99, 0.999)),
+            ]
             failed = "        -        -"
             if outcome.failed:
                 failed = f"{percentile(outcome.failed, 0.5) * 1e3:9.1f}{max(outcome.failed) * 1e3:9.1f}"
@@ -518,6 +524,7 @@ def describe(outcomes: Outcomes, options: argparse.Namespace) -> None:
                 f" {outcome.latency_ms(0.5):8.1f} {outcome.latency_ms(0.99):8.1f} {outcome.latency_ms(0.999):8.1f}"
                 f" {len(outcome.failed):7} {failed}"
             )
+        note_table(scenario, ["success %", "sends per call", "p50 ms", "p99 ms", "p99.9 ms"], rows)
     if {AIOKV, HEDGED} & set(options.contenders):
         print(f"\n  aiokv's retry quota of {QUOTA_TOKENS} tokens")
     for scenario, of_contenders in outcomes.items():
@@ -608,19 +615,6 @@ def plot(outcomes: Outcomes, options: argparse.Namespace) -> None:
     print(f"\nplot: {options.plot}")
 
 
-def write_json(outcomes: Outcomes, met: Mapping[str, bool], options: argparse.Namespace) -> None:
-    """Write all figures to a file."""
-    chosen = {name: value for name, value in vars(options).items() if name not in {"worker", "url", "plot", "json", "quick"}}
-    rows = [
-        {"scenario": scenario, "contender": name, **outcome.row()}
-        for scenario, of_contenders in outcomes.items()
-        for name, outcome in of_contenders.items()
-    ]
-    result = {"where": where(), "options": chosen, "aims_met": dict(met), "rows": rows}
-    Path(options.json).write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
-    print(f"\njson: {options.json}")
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -639,8 +633,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first round's faults (default: %(default)s)")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="try whether the script works")
-    parser.add_argument("--plot", metavar="FILE", help="draw a PNG (needs matplotlib)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw a plot (needs matplotlib)")
+    add_json_option(parser)
     for name in ("worker", "url"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -676,8 +670,12 @@ def main() -> int:
     met = judge(outcomes)
     if options.plot:
         plot(outcomes, options)
-    if options.json:
-        write_json(outcomes, met, options)
+    rows = [
+        {"scenario": scenario, "contender": name, **outcome.row()}
+        for scenario, of_contenders in outcomes.items()
+        for name, outcome in of_contenders.items()
+    ]
+    write_json(options, rows=rows)
     return 0 if all(met.values()) else 1
 
 

@@ -8,7 +8,18 @@ import argparse
 import subprocess
 import sys
 
-from harness import count_instructions, has_valgrind, progress, report, verdict, where
+from harness import (
+    add_json_option,
+    count_instructions,
+    has_valgrind,
+    note_aim,
+    note_table,
+    progress,
+    report,
+    verdict,
+    where,
+    write_json,
+)
 
 FLOOR = "import asyncio, orjson"
 # In millions, less an empty program. The decorator's machinery loads at the first use of its name.
@@ -57,11 +68,13 @@ def instructions() -> bool:
     width = max(map(len, counts))
     for name, count in counts.items():
         print(f"  {name:<{width}}  {count - empty:7.1f} M  {(count - empty) / (counts[FLOOR] - empty):5.2f} x {FLOOR}")
+    rows = {name: [count - empty, (count - empty) / (counts[FLOOR] - empty)] for name, count in counts.items()}
+    note_table("Instructions of an import, less those of an empty program", ["million instructions", f"x {FLOOR}"], rows)
     all_met = True
     for name, (_, aim) in PROGRAMS.items():
         if aim is not None:
             met = counts[name] - empty <= aim
-            all_met &= met
+            all_met &= note_aim(name, counts[name] - empty, aim, "M instructions", is_met=met)
             print(f"  aim: {name} at most {aim:g} M: {'met' if met else 'MISSED'} ({counts[name] - empty:.1f} M)")
     return all_met
 
@@ -72,12 +85,14 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=11)
     parser.add_argument("--aim", type=float, default=1.15, help="largest ratio of time to aiohttp's that is no failure")
     parser.add_argument("--only", choices=("time", "instructions"), help="make one measurement")
+    add_json_option(parser)
     options = parser.parse_args()
     results = []
     if options.only != "instructions":
         results.append(milliseconds(options.batches, options.aim))
     if options.only != "time" and has_valgrind():
         results.append(instructions())
+    write_json(options)
     return 0 if all(results) else 1
 
 

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import count_instructions, has_valgrind, progress, served, where
+from harness import add_json_option, count_instructions, has_valgrind, note_aim, note_table, progress, served, where, write_json
 
 FEWER, MORE = 500, 2_500
 PEERS = {"async-lru": "async_lru", "aiocache": "aiocache", "cashews": "cashews", "cachebox": "cachebox"}
@@ -48,7 +48,8 @@ class Aim(NamedTuple):
             (f"{self.most:g} x {self.base}", f"{figure:.3g} x") if self.base else (f"{self.most:,.0f}", f"{figure:,.0f}")
         )
         print(f"  aim: {self.subject} at most {most}: {'met' if met else 'MISSED'} ({is_now})")
-        return met
+        unit = f"x {self.base}" if self.base else "instructions"
+        return note_aim(self.subject, figure, self.most, unit, is_met=met)
 
 
 class Table(NamedTuple):
@@ -167,6 +168,8 @@ def show(table: Table, counts: Mapping[str, float]) -> bool:
     for name in names:
         ratio = f"  {counts[name] / counts[table.base]:6.2f} x {table.base}" if table.base in counts else ""
         print(f"  {name:<{width}}  {counts[name]:12,.0f} instructions{ratio}")
+    rows = {name: [counts[name], counts[name] / counts[table.base] if table.base in counts else None] for name in names}
+    note_table(table.title, ["instructions", f"x {table.base}"], rows)
     verdicts = [aim.is_met(counts) for aim in table.aims]
     return False not in verdicts
 
@@ -176,8 +179,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=tuple(TABLES), nargs="+", default=list(TABLES), help="count some tables only")
     parser.add_argument("--all-peers", action="store_true", help="count the hits of aiocache and cashews, too")
+    add_json_option(parser)
     options = parser.parse_args()
     if not has_valgrind():
+        write_json(options)
         return 0
     tables = {name: TABLES[name] for name in options.only}
     with served("memory://") as address:
@@ -189,6 +194,7 @@ def main() -> int:
             lambda subject: is_wanted(subject, all_peers=options.all_peers),
         )
     results = [show(table, counts) for table in tables.values()]
+    write_json(options)
     return 0 if all(results) else 1
 
 

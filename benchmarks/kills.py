@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from harness import add_json_option, note_aim, note_table, write_json
+
 from aiokv import AsyncKVStore, CallError, RetryPolicy
 from aiokv.backends.sqlite import SqliteBackend
 
@@ -135,6 +137,10 @@ async def kill_again_and_again(rounds: int, path: Path) -> int:
         f"integrity_check {damage or 'ok'}; back after a kill of the whole: median {sorted(wholes)[len(wholes) // 2]:.2f} s, "
         f"worst {max(wholes):.2f} s"
     )
+    columns = ["kills", "answered sets", "lost", "median s to be back", "worst s"]
+    row = [rounds, len(load.acknowledged), len(lost), sorted(wholes)[len(wholes) // 2], max(wholes)]
+    note_table("kill -9 of the server under load", columns, {"aiokv serve, 2 workers": row})
+    note_aim("answered sets that were lost", len(lost), 0, "sets", is_met=not lost)
     return len(lost) + len(damage)
 
 
@@ -142,8 +148,12 @@ def main() -> int:
     """Read the arguments and run the rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50, help="kills in all (default: 50)")
+    add_json_option(parser)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        return int(asyncio.run(kill_again_and_again(parser.parse_args().rounds, Path(folder) / "kv.db")) > 0)
+        lost = asyncio.run(kill_again_and_again(options.rounds, Path(folder) / "kv.db"))
+    write_json(options)
+    return int(lost > 0)
 
 
 if __name__ == "__main__":

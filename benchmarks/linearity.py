@@ -37,6 +37,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from harness import add_json_option, note_aim, note_table, write_json
 from linearity_subject import KEYS, Floor, Result, SlowBackend, Subject, chances, pause
 
 import aiokv.backends.registry
@@ -337,6 +338,7 @@ def main() -> int:
         "change, leave, prime, refresh, near, swr, many, stores (but one), eager, faults, memory, sqlite",
     )
     parser.add_argument("--forget-invalidations", action="store_true", help="only say so: the checker must find that")
+    add_json_option(parser)
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
@@ -353,6 +355,9 @@ def main() -> int:
     print(", ".join(f"{count:,} {name}" for name, count in counts.items()))
     for finding in findings:
         print(f"\nFOUND with --seed {config.seed} --processes {config.processes} --threads {config.threads}\n{finding}")
+    note_table("Random calls, invalidations and failures", list(counts), {"kv_cached": list(counts.values())})
+    note_aim("results older than promised", len(findings), 0, "", is_met=not findings)
+    write_json(said)
     return 1 if findings else 0
 
 

@@ -33,7 +33,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from aiohttp import web
-from harness import progress, where
+from harness import add_json_option, note_aim, note_table, progress, where, write_json
 
 from aiokv import AsyncKVStore, CallError, RetryPolicy, kv_cached
 from aiokv.caching.access import access_of
@@ -126,6 +126,9 @@ async def measure(name: str, url: str, options: argparse.Namespace) -> bool:
         f"  {name:<8}  {len(added)} calls, {wrong} wrong; first {bound:g} s: at most {first * 1e3:.1f} ms; "
         f"later: median {median * 1e3:.3f} ms, 99 % {high * 1e3:.3f} ms"
     )
+    columns = ["calls", "wrong", "at most ms, at first", "later median ms", "later p99 ms"]
+    row = [len(added), wrong, first * 1e3, median * 1e3, high * 1e3]
+    note_table(f"kv_cached, time added while the store is away: {name}", columns, {"kv_cached": row})
     if name == "slow":
         State.stalls = False
         recovered, errors = time.perf_counter(), double.info().store_errors
@@ -237,6 +240,8 @@ async def measure_away(options: argparse.Namespace) -> bool:
         f" 99 % {high * 1e3:.2f} ms, longest {highest * 1e3:.1f} ms;\n"
         f"            first success {returned:.2f} s after it accepted connections"
     )
+    columns = ["attempts to connect a second, at most", "failing call median ms", "p99 ms", "s to the first success"]
+    note_table("A server that is away", columns, {"AsyncKVStore": [most, typical * 1e3, high * 1e3, returned]})
     return most <= MAX_CONNECTS_A_SECOND and high < MAX_FAILING_SECONDS and returned < MAX_RETURN_SECONDS
 
 
@@ -269,6 +274,9 @@ async def measure_restart(name: str, url: str, restart: Callable[[], Awaitable[N
         await asyncio.sleep(4)
         is_over = True
     print(f"  {name:<8}  {done} turns of {TASKS} + {LARGE_TASKS} tasks, {len(failures)} failed; longest {longest:.1f} s")
+    note_table(
+        f"A restart of a second: {name}", ["turns", "failed", "longest s"], {"AsyncKVStore": [done, len(failures), longest]}
+    )
     for error in failures[:1]:
         print(f"            {error}")
     return not failures
@@ -329,14 +337,18 @@ def main() -> int:
     parser.add_argument("--away-rate", type=int, default=500, help="calls a second meanwhile")
     parts = ("away", "restarts", "cached")
     parser.add_argument("--only", choices=parts, nargs="+", default=parts, help="measure some parts only")
+    add_json_option(parser)
+    options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     sys.addaudithook(_note_connect)
-    met = asyncio.run(main_async(parser.parse_args()))
+    met = asyncio.run(main_async(options))
     print(
         f"  aims: away: at most {MAX_CONNECTS_A_SECOND} connects a second, 99 % fail in {MAX_FAILING_SECONDS * 1e3:g} ms, back"
         f" within {MAX_RETURN_SECONDS:g} s; restarts: no failed call;\n"
         f"  cached: no wrong result, read_timeout at most, a median under 1 ms later: {'met' if met else 'MISSED'}"
     )
+    note_aim("all aims of outages", float(met), 1, "", is_met=met)
+    write_json(options)
     return 0 if met else 1
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from harness import where
+from harness import add_json_option, note_table, where, write_json
 from scale_model import PLANNERS, Assumptions, Cost, Plan, best_plan, highest_rate, load_of
 
 KEYS = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
@@ -134,6 +134,20 @@ And always:
 
 def describe_plans(plans: Mapping[tuple[int, int], Plan]) -> None:
     """Print the cheapest plan for each size."""
+    columns = ["servers", "engine nodes", "price a month", "get ms", "get p99 ms", "set ms", "set p99 ms"]
+    rows = {
+        f"{power(keys)} keys, {power(rate)} requests/s: {plan.shape}{'' if plan.works else ', breaks'}": [
+            plan.servers,
+            plan.engines,
+            plan.price,
+            plan.get_ms,
+            plan.get_p99_ms,
+            plan.set_ms,
+            plan.set_p99_ms,
+        ]
+        for (keys, rate), plan in plans.items()
+    }
+    note_table("The cheapest that works, by the model", columns, rows, drawn=2)
     heads = f"{'a month':>12}{'get ms':>9}{'p99':>7}{'set ms':>9}{'p99':>7}"
     print(f"\nThe cheapest that works\n{'keys':>6}{'req/s':>7}  {'shape':<9}{'servers':>8}{'engines':>8}{heads}  decided by")
     for (keys, rate), plan in plans.items():
@@ -242,7 +256,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--measure", action="store_true", help="measure here first")
     parser.add_argument("--smoke", action="store_true", help="with --measure: a few seconds, which mean nothing")
     parser.add_argument("--plot", metavar="FILE.svg", help="draw a plot (needs matplotlib)")
-    parser.add_argument("--json", metavar="FILE", help="write the plans as JSON")
+    add_json_option(parser)
     for one in dataclasses.fields(Assumptions):
         kind = int if isinstance(one.default, int) else float
         parser.add_argument(f"--{one.name.replace('_', '-')}", type=kind, default=one.default, help="(default: %(default)s)")
@@ -274,13 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {"keys": keys, "requests_ps": rate, **dataclasses.asdict(plan), "tightest": plan.tightest._asdict()}
             for (keys, rate), plan in plans.items()
         ]
-        result = {
-            "assumptions": dataclasses.asdict(given),
-            "costs": {name: cost._asdict() for name, cost in costs.items()},
-            "plans": rows,
-        }
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\njson: {options.json}")
+        costs_of_shapes = {name: cost._asdict() for name, cost in costs.items()}
+        write_json(options, assumptions=dataclasses.asdict(given), costs=costs_of_shapes, plans=rows)
     return 0
 
 

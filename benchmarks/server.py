@@ -21,7 +21,6 @@ The exit status is 1 where an aim is missed. What is not installed is left out a
 
 import argparse
 import importlib.util
-import json
 import re
 import resource
 import statistics
@@ -32,7 +31,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from harness import paired_ratio, progress, verdict, where
+from harness import add_json_option, note_aim, note_table, paired_ratio, progress, verdict, where, write_json
 from server_contenders import CONTENDERS, INSTALLED_BY, KEYS, VALUE, WEBDIS, Contender, Running, is_installed, started
 
 IDLE_CONNECTIONS = 1_000
@@ -140,6 +139,7 @@ def describe(figures: Figures, idle: Mapping[str, float], contenders: Sequence[C
         heads = "".join(f"{head:>10}" for head in ("CPU us", "lowest", "x webdis", "p50 ms", "p99 ms", "a second"))
         print(f"\n{titles[kind]}\n  {'':<22}{heads}")
         base = [batch["cpu_us"] for batch in of_contenders.get(WEBDIS, ())]
+        rows: dict[str, Sequence[float | None]] = {}
         for name, batches in of_contenders.items():
             cpu = [batch["cpu_us"] for batch in batches]
             middle = {key: statistics.median(batch[key] for batch in batches) for key in batches[0]}
@@ -148,7 +148,11 @@ def describe(figures: Figures, idle: Mapping[str, float], contenders: Sequence[C
                 f"  {name:<22}{middle['cpu_us']:10.1f}{min(cpu):10.1f}{ratio:>10}{middle['p50_us'] / 1e3:10.2f}"
                 f"{middle['p99_us'] / 1e3:10.2f}{middle['rate']:10,.0f}  {notes[name]}"
             )
+            times = paired_ratio(cpu, base) if base else None
+            rows[name] = [middle["cpu_us"], min(cpu), times, middle["p50_us"] / 1e3, middle["p99_us"] / 1e3, middle["rate"]]
+        note_table(titles[kind], ["CPU us", "lowest", "x webdis", "p50 ms", "p99 ms", "calls/s"], rows)
     print(f"\nMemory of {IDLE_CONNECTIONS:,} idle connections, KB for each")
+    note_table("Memory of an idle connection", ["KB"], {name: [kilobytes] for name, kilobytes in idle.items()})
     for name, kilobytes in idle.items():
         print(f"  {name:<22}{kilobytes:9.1f}")
 
@@ -167,6 +171,7 @@ def judge(figures: Figures, idle: Mapping[str, float]) -> dict[str, bool]:
         if name in {"memory", "memory, no uvloop"}:
             print(f"  aim: an idle connection over {name} under {MAX_IDLE_KB:g} KB: {kilobytes:.1f} KB")
             met[f"idle: {name}"] = kilobytes < MAX_IDLE_KB
+            note_aim(f"an idle connection over {name}", kilobytes, MAX_IDLE_KB, "KB", is_met=kilobytes < MAX_IDLE_KB)
     return met
 
 
@@ -208,8 +213,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=64, help="connections (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[one.name for one in CONTENDERS], help="default: all")
     parser.add_argument("--folder", help="where to put the files; sets wait for its disk (default: this folder)")
-    parser.add_argument("--plot", metavar="FILE", help="draw a PNG (needs matplotlib)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw a plot (needs matplotlib)")
+    add_json_option(parser)
     return parser.parse_args()
 
 
@@ -247,10 +252,7 @@ def main() -> int:
     met = judge(figures, idle)
     if options.plot:
         plot(figures, idle, options)
-    if options.json:
-        result = {"where": where(), "options": vars(options), "figures": figures, "idle_kb": idle, "aims_met": met}
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\njson: {options.json}")
+    write_json(options, figures=figures, idle_kb=idle)
     return 0 if all(met.values()) else 1
 
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import progress, report
+from harness import add_json_option, note_aim, progress, report, write_json
 
 from aiokv.backends.sqlite import SqliteBackend
 
@@ -77,10 +77,13 @@ def main() -> int:
     parser.add_argument("--value-bytes", type=int, default=100)
     parser.add_argument("--aim", type=float, default=5.0, help="smallest ratio that is no failure")
     parser.add_argument("--folder", help="where to put the files; the disk is what is measured (default: this folder)")
+    add_json_option(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder or Path.cwd()) as folder:
         ratio = asyncio.run(measure(Path(folder), options))
     print(f"  aim: at least {options.aim} x: {'met' if ratio >= options.aim else 'MISSED'}")
+    note_aim("concurrent sets, to one commit per set, at least", ratio, options.aim, "x", is_met=ratio >= options.aim)
+    write_json(options)
     return 0 if ratio >= options.aim else 1
 
 

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from harness import progress, served, where
+from harness import add_json_option, note_aim, note_table, progress, served, where, write_json
 
 from aiokv import AsyncKVStore, CachedFunction, kv_cached
 
@@ -245,7 +245,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="what to compare (default: all)")
     parser.add_argument("--store", default="memory://", help="what the server keeps entries in (default: %(default)s)")
     parser.add_argument("--aim", type=float, default=1.2, help="computations an expiry to stay below (default: %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", help="draw a PNG (needs matplotlib)")
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw a plot (needs matplotlib)")
+    add_json_option(parser)
     for name, kind in (("worker", int), ("url", str), ("way", str), ("output", str)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -277,14 +278,21 @@ def main() -> int:
         f" a computation takes {options.compute:g} s, {options.duration:g} s of load\n{where()}"
     )
     each = {way: describe(way, outcome, options) for way, outcome in outcomes.items()}
+    rows: dict[str, Sequence[float]] = {}
+    for way, outcome in outcomes.items():
+        latencies = [latency * 1e3 for due, latency, _ in outcome.calls if due > options.ttl]
+        rows[way] = [each[way], percentile(latencies, 0.5), percentile(latencies, 0.99), outcome.failures]
+    note_table("A stampede", ["computations an expiry", "p50 ms", "p99 ms", "failed"], rows)
     if options.plot:
         plot(outcomes, options)
     met = not any(outcome.missing for outcome in outcomes.values())
     if "early=1" in each:
         below = each["early=1"] < options.aim
+        note_aim("early=1, computations an expiry", each["early=1"], options.aim, "", is_met=below)
         met &= below
         result = f"{'met' if below else 'MISSED'} ({each['early=1']:.2f})"
         print(f"  aim: early=1 below {options.aim:g} computations an expiry: {result}")
+    write_json(options)
     return 0 if met else 1
 
 
