@@ -1,4 +1,4 @@
-"""Start `aiokv serve` on a free port with a SQLite file, and run the quickstart against it."""
+"""Start `aiokv serve` on a free port with a SQLite file, run the quickstart against it, and then show `kv_cached`."""
 
 import os
 import subprocess
@@ -25,7 +25,10 @@ def main() -> int:
             finally:
                 server.terminate()
         print(f"server stopped; its file held {(Path(folder) / 'kv.db').stat().st_size:,} bytes")
-    print("The same code runs on fal's service without AIOKV_URL, and on a file with AIOKV_URL=sqlite:///kv.db")
+    if status == 0:
+        print("\nkv_cached:", flush=True)
+        status = subprocess.run([sys.executable, Path(__file__).with_name("caching_demo.py")], check=False).returncode  # noqa: S603
+    print("\nThe same code runs on fal's service without AIOKV_URL, and on a file with AIOKV_URL=sqlite:///kv.db")
     return status
 
 
