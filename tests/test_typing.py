@@ -17,7 +17,6 @@ MYPY = ["mypy", "--strict", "--warn-unused-ignores", "--no-incremental"]
 reads_newer = pytest.mark.skipif(sys.version_info < (3, 12), reason="type parameters came with Python 3.12")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "checker",
     [
@@ -28,6 +27,7 @@ reads_newer = pytest.mark.skipif(sys.version_info < (3, 12), reason="type parame
     ],
 )
 @pytest.mark.slow
+@pytest.mark.timeout(60)
 def test_assertions_about_types_hold(checker: list[str]) -> None:
     done = subprocess.run(
         [str(Path(sys.executable).with_name(checker[0])), *checker[1:]],

@@ -153,7 +153,9 @@ async def test_listing_that_is_left_leaves_nothing_behind(store: AsyncKVStore, b
         break
     del infos
     gc.collect()
-    for _ in range(10):
+    for _ in range(1_000):
+        if len(asyncio.all_tasks()) == 1:
+            break
         await asyncio.sleep(0)
     gc.collect()
     assert (asyncio.all_tasks(), complaints) == ({asyncio.current_task()}, [])
