@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from aiokv.caching.many import CachedManyFunction, kv_cached_many
     from aiokv.caching.modes import cache_bypass, cache_refresh
     from aiokv.caching.near import NearCache
+    from aiokv.caching.packed import Packed
     from aiokv.caching.peeked import Peeked
 
 __all__ = [
@@ -88,6 +89,7 @@ __all__ = [
     "Lost",
     "NearCache",
     "Observer",
+    "Packed",
     "Peeked",
     "PoolTimeoutError",
     "RedisOptions",
@@ -121,7 +123,7 @@ if not TYPE_CHECKING:
         if name in __all__:
             from importlib import import_module  # noqa: PLC0415
 
-            for module in ("decorator", "many", "codecs", "modes", "events"):
+            for module in ("decorator", "many", "codecs", "modes", "events", "packed"):
                 home = vars(import_module(f"aiokv.caching.{module}"))
                 if name in home:
                     return globals().setdefault(name, home[name])

@@ -53,6 +53,8 @@ def test_code_of_the_readme_prints_what_it_says(tmp_path: Path, part: str, outpu
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(tmp_path: Path, name: str) -> None:
+    if name == "tables.py":
+        pytest.importorskip("pandas", reason="pip install 'aiokv[pandas]'")
     output = run([str(REPOSITORY / "examples" / name)], tmp_path)
     if name in {"quickstart.py", "demo.py"}:
         assert re.search(r"expiry +'v' after 59.999 s, None after 60 s", output)

@@ -62,14 +62,29 @@ def _without_self(returns: Any, function: Any) -> Any:
         if owner is None:
             raise NameError(f"Self is the class of {function.__qualname__}, and its name does not lead to one")
         return owner
+    return rebuild(returns, lambda argument: _without_self(argument, function))
+
+
+def rebuild(returns: Any, replace: Callable[[Any], Any]) -> Any:
+    """Replace the arguments of a type.
+
+    Args:
+        returns: Any type.
+        replace: Returns what stands in the place of an argument.
+
+    Returns:
+        The same type with other arguments; the object itself where none is replaced.
+    """
     arguments = typing.get_args(returns)
     if typing.get_origin(returns) is Literal:
         return returns
-    replaced = tuple(_without_self(argument, function) for argument in arguments)
+    if typing.get_origin(returns) is typing.Annotated:
+        # The rest of the arguments are metadata, not types.
+        new = replace(arguments[0])
+        return returns if new is arguments[0] else typing.Annotated[new, *returns.__metadata__]
+    replaced = tuple(map(replace, arguments))
     if all(new is old for new, old in zip(replaced, arguments, strict=True)):
         return returns
     if isinstance(returns, types.UnionType):
         return functools.reduce(operator.or_, replaced)
-    if typing.get_origin(returns) is typing.Annotated:
-        return typing.Annotated[replaced[0], *returns.__metadata__]
     return returns.copy_with(replaced) if hasattr(returns, "copy_with") else typing.get_origin(returns)[replaced]

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from aiokv.caching.arrays import array_identity
+from aiokv.caching.foreign import find_identity
 from aiokv.caching.naming import HEAP_TYPE, Unencodable, class_identity, type_identity
 
 Encoder = Callable[[Any], bytes]
@@ -54,7 +54,8 @@ def encode(value: object) -> bytes:
     Args:
         value: None, bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, range, Ellipsis, Enum,
             date, time, datetime, timedelta, timezone, ZoneInfo, Decimal, Fraction, UUID, Path, class, dataclass, named tuple,
-            pydantic model, numpy array or scalar, an object with `__cache_key__()`, and what of these is nested in these.
+            pydantic model, numpy array or scalar, DataFrame, Series, Index, Timestamp or Timedelta of pandas, Table or
+            RecordBatch of pyarrow, an object with `__cache_key__()`, and what of these is nested in these.
 
     Returns:
         Bytes that differ for different values and types, and are the same in every process and on every machine.
@@ -206,11 +207,15 @@ def _encoder_of(kind: type) -> Encoder:
         encoder = _state_encoder(b"n", kind, (), tuple)
     elif hasattr(kind, "__pydantic_fields_set__") and hasattr(kind, "__pydantic_fields__"):
         encoder = _model_encoder(kind)
-    elif (numpy := sys.modules.get("numpy")) is not None:
-        encoder = _numpy_encoder(kind, numpy)
+    elif (foreign := find_identity(kind)) is not None:
+        encoder = _foreign_encoder(*foreign)
     if encoder is None:
         raise Unencodable(kind)
     return encoder
+
+
+def _foreign_encoder(tag: bytes, identify: Callable[[Any], object]) -> Encoder:
+    return lambda value: tag + encode(identify(value))
 
 
 def _own_key_encoder(kind: type) -> Encoder:
@@ -327,15 +332,6 @@ def _model_encoder(kind: Any) -> Encoder:
         return b"".join(parts)
 
     return encode_model
-
-
-def _numpy_encoder(kind: type, numpy: Any) -> Encoder | None:
-    if kind is numpy.ndarray:
-        return lambda array: b"A" + encode(array_identity(array, numpy))
-    # A subclass of a scalar may hold more than the scalar.
-    if issubclass(kind, numpy.generic) and kind.__module__.partition(".")[0] == "numpy":
-        return lambda scalar: b"a" + encode(array_identity(numpy.asarray(scalar), numpy))
-    return None
 
 
 class _Encoders(dict[type, Encoder]):

@@ -1,5 +1,7 @@
 """From a result to JSON and back: a result that would come back changed is not stored. Pure.
 
+Arrays and tables are JSON, too: one text of binary content, see `packing`. Alone they need no pydantic.
+
 `TypeError` means that results of this type cannot be stored, `NotStorable` that this one result cannot:
 
 - `TypeError`: a set, a tuple or an object where there is no annotation, or one of native JSON types; another type than
@@ -24,6 +26,8 @@ import orjson
 
 from aiokv.caching.annotation import return_annotation
 from aiokv.caching.jsonable import Difference, find_not_native, find_unholdable, is_native, models_in
+from aiokv.caching.packed import Form, dump_checked, fault_of, find_form, with_packed
+from aiokv.caching.packing import Unpackable
 from aiokv.caching.roundtrip import difference
 from aiokv.caching.schema import Schema, describe, is_json_native_type, type_adapter
 
@@ -57,6 +61,10 @@ class NotStorable(Exception):  # noqa: N818 (no fault of the program: the caller
     """One result that cannot be stored; the text says why and what helps, without the value."""
 
 
+class TooLarge(NotStorable):
+    """One result that is larger than any store takes."""
+
+
 class _Mode(NamedTuple):
     """A way to write a result: options of pydantic's serializer, and whether the set fields are stored beside the JSON."""
 
@@ -87,6 +95,8 @@ class ResultCodec:
         self._orders: tuple[dict[str, None], ...] = ()
         self.schema = ""
         """The mark of the annotated type's structure, once resolved; empty where nothing is annotated."""
+        # Of arrays and tables, which are stored as binary content.
+        self._form: Form | None = None
         # None: the result is its own JSON.
         self._to_json: Callable[..., bytes] | None = None
         self._to_python: Callable[..., object] = lambda result, **_: result
@@ -135,6 +145,8 @@ class ResultCodec:
         """
         if not self._resolved:
             self.resolve()
+        if self._form is not None:
+            return self._dump_packed(self._form, result)
         if self._to_json is None:
             try:
                 if is_native(result):
@@ -157,13 +169,21 @@ class ResultCodec:
 
     def _resolve(self) -> None:
         returns = self._part(return_annotation(self._function)) if self._returns is None else self._returns
-        adapter = None if is_json_native_type(returns) else type_adapter(returns, self._name)
+        adapter = None
+        try:
+            self._form = find_form(returns)
+            if self._form is None and not is_json_native_type(returns):
+                adapter = type_adapter(with_packed(returns), self._name)
+        except Unpackable as fault:
+            raise TypeError(f"{self._name}: the annotated result {fault.reason}; {fault.advice}") from None
         # After `type_adapter`, which completes the models.
         description = describe(returns)
         self.schema = description.mark
         self._orders = description.orders
         self._is_annotated = returns is not Any
-        if adapter is None:
+        if self._form is not None:
+            self.load = self._form.load
+        elif adapter is None:
             self.load = orjson.loads
         else:
             self._to_json = adapter.serializer.to_json
@@ -204,6 +224,19 @@ class ResultCodec:
         except (TypeError, LookupError, RecursionError):
             raise ValueError("the set fields of the result do not fit its models") from None
         return result
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether results are arrays or tables, which are compressed already."""
+        return self._form is not None
+
+    def _dump_packed(self, form: Form, result: object) -> bytes:
+        try:
+            return dump_checked(form, result)
+        except Unpackable as fault:
+            refusal = TypeError if fault.is_type else TooLarge if fault.is_size else NotStorable
+            text = f"{self._name}: its result {fault.reason}; {'' if fault.is_type else 'to have it stored, '}{fault.advice}"
+        raise refusal(text)
 
     def _native_refusal(self, result: object) -> Exception:
         try:
@@ -273,13 +306,16 @@ class ResultCodec:
         return NotStorable(f"{self._name}: its result{place} {fault.reason}; to have it stored, {advice}")
 
 
-def _explain(error: Exception, result: object, to_python: Callable[..., object]) -> Difference:
+def _explain(error: Exception, result: object, to_python: Callable[..., object]) -> Difference:  # noqa: PLR0911 (one for each fault)
     """Return why a result could not be written or read back, without the error's text: it quotes the value."""
     if isinstance(error, MemoryError):
         return _TOO_LARGE
     text = str(error)
     if isinstance(error, RecursionError) or text.startswith(_DEEP):
         return _TOO_DEEP
+    fault = fault_of(text)
+    if fault is not None:
+        return Difference("", fault[0], is_type=fault[1])
     if _is_of_wrong_type(result, to_python):
         return _WRONG_TYPE
     reason = find_unholdable(result)

@@ -11,6 +11,8 @@ from datetime import date, datetime, time, timedelta
 from typing import Any, Final, cast
 
 from aiokv.caching.jsonable import ATOMS, Difference, unholdable
+from aiokv.caching.packed import packed_is_same
+from aiokv.caching.packing import PACKAGES
 
 _MISSING: Final = object()
 # Modules of the standard library whose types compare by their whole state. Their names, since imports cost time.
@@ -55,6 +57,9 @@ def _differ_in_type(back: Any, result: Any) -> Difference | None:
     if type(back) is float and type(result) is int:
         # By the rules of Python's type hints, `float` accepts an int.
         return None if back == result else _CHANGED
+    if type(back).__module__ == "numpy" and type(result).__qualname__ == "memmap" and isinstance(result, type(back)):
+        # It is stored as the array that it is.
+        return _differ_as_packed(back, result, ())
     reason = None if isinstance(result, bytes) else unholdable(result)
     if reason is not None:
         return Difference("", f"holds {reason}, which has no form in JSON here", is_type=False)
@@ -161,6 +166,10 @@ def _differ_as_equals(back: object, result: object, _: Orders) -> Difference | N
         return None if bool(back == result) else _CHANGED
     except Exception:  # noqa: BLE001 (what cannot be compared is not known to be the same)
         return _CHANGED
+
+
+def _differ_as_packed(back: object, result: object, _: Orders) -> Difference | None:
+    return None if packed_is_same(back, result) else _CHANGED
 
 
 def _differ_as_decimals(back: Any, result: Any, _: Orders) -> Difference | None:
@@ -276,6 +285,8 @@ def _comparison_of(kind: type) -> "_Comparison":
     module = kind.__module__.partition(".")[0]
     if module in _EQUALITY_MODULES:
         return _differ_as_equals
+    if module in PACKAGES:
+        return _differ_as_packed
     if module == "decimal":
         return _differ_as_decimals
     return _differ_as_paths if module == "pathlib" else _differ_as_objects

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from aiokv.caching.naming import SCRIPTS, module_of, script_names
+from aiokv.caching.packing import PACKAGES
 
 _MARK_BYTES = 6
 _MAX_DEPTH = 50
@@ -115,6 +116,8 @@ def type_adapter(returns: Any, name: str) -> Any:
         if error.code == "class-not-fully-defined":
             raise NameError(f"a field of {type_name(returns)} names what is not defined") from None
         hint = "take TypedDict from typing_extensions" if error.code == "typed-dict-version" else "pass returns="
+        if error.code == "schema-for-unknown-type" and any(f"<class '{name}." in str(error) for name in PACKAGES):
+            hint = "annotate arrays and tables in its fields as Annotated[..., aiokv.Packed]"
         raise TypeError(f"{name}: results of type {type_name(returns)} cannot be decoded; {hint}") from error
     return adapter
 

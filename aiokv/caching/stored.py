@@ -18,9 +18,10 @@ from aiokv.caching.generations import Generations, Place
 from aiokv.caching.keys import KeyMaker
 from aiokv.caching.near import NearView
 from aiokv.caching.options import CacheOptions
-from aiokv.caching.results import NotStorable, ResultCodec
+from aiokv.caching.results import NotStorable, ResultCodec, TooLarge
 from aiokv.caching.writes import Write
 from aiokv.errors import StoreClosedError, ValueTooLargeError
+from aiokv.limits import MAX_VALUE_BYTES
 from aiokv.store import AsyncKVStore
 
 logger = logging.getLogger("aiokv")
@@ -302,6 +303,9 @@ class StoredResults:
             entry: Entry = _new(Entry, (json, computed.started, computed.ended + fresh_seconds, computed.seconds))
             text = pack(entry, flight.place[0].db_name, key, results.schema, self._codecs)
         except NotStorable as error:
+            if isinstance(error, TooLarge) and self._options.on_oversize == "raise":
+                self._events.emit("not_stored", key)
+                return failure(ValueTooLargeError(str(error))), None
             self._events.not_stored(key, self._keys.prefix, str(error))
             return Outcome(json, value, kind="shared" if unchanged else "private"), None
         except Exception as error:  # noqa: BLE001 (the callers' own)
@@ -375,8 +379,10 @@ class StoredResults:
         if self._options.on_oversize == "raise":
             self._events.emit("not_stored", flight.call.key)
             return Outcome(error=error)
-        advice = "" if any(codec.name == "zstd" for codec in self._codecs) else "; compress it with codec=Zstd()"
-        self._events.not_stored(flight.call.key, self._keys.prefix, f"it is too large for the store{advice}")
+        is_compressed = self._results.is_packed or any(codec.name == "zstd" for codec in self._codecs)
+        advice = "return less of it" if is_compressed else "compress it with codec=Zstd()"
+        size = "" if outcome.json is None else f" ({len(outcome.json):,} bytes as JSON, and it takes {MAX_VALUE_BYTES:,})"
+        self._events.not_stored(flight.call.key, self._keys.prefix, f"it is too large for the store{size}; {advice}")
         return outcome
 
     def _raise_if_asked(self, store: AsyncKVStore, error: BaseException | None, key: str) -> None:

@@ -1,0 +1,55 @@
+"""Time zones of tables and timestamps, by name or offset, and back. Pure."""
+
+import datetime as dt
+import importlib
+import zoneinfo
+from typing import Any, TypeGuard
+
+from aiokv.caching.packing import Unpackable
+
+
+def describe_zone(zone: Any) -> list[Any]:
+    """Describe a time zone by its name, or by its offset.
+
+    Args:
+        zone: A `tzinfo`.
+
+    Raises:
+        Unpackable: It has no name that leads to it.
+    """
+    if zone is dt.UTC:
+        return ["utc"]
+    if type(zone) is dt.timezone:
+        return ["offset", zone.utcoffset(None).total_seconds(), zone.tzname(None)]
+    if type(zone) is zoneinfo.ZoneInfo and zone.key:
+        return ["zoneinfo", zone.key]
+    if _is_pytz(zone) and zone.zone:
+        return ["pytz", zone.zone]
+    raise Unpackable(f"has a time zone of type {type(zone).__qualname__}", "take zoneinfo.ZoneInfo(name)")
+
+
+def restore_zone(described: Any) -> Any:
+    """Make the time zone that was described.
+
+    Args:
+        described: What `describe_zone` returned, or anything else.
+
+    Raises:
+        ValueError: It is none.
+    """
+    kind, *content = described
+    if kind == "utc":
+        return dt.UTC
+    if kind == "offset":
+        zone = dt.timezone(dt.timedelta(seconds=content[0]))
+        return zone if zone.tzname(None) == content[1] else dt.timezone(dt.timedelta(seconds=content[0]), content[1])
+    if kind == "zoneinfo":
+        return zoneinfo.ZoneInfo(content[0])
+    if kind == "pytz":
+        # Of pandas 2, which needs it.
+        return importlib.import_module("pytz").timezone(content[0])
+    raise ValueError("the stored time zone is of an unknown kind")
+
+
+def _is_pytz(zone: Any) -> TypeGuard[Any]:
+    return type(zone).__module__.partition(".")[0] == "pytz"
