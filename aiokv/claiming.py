@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+import weakref
+from collections.abc import Awaitable, Callable, Container
 from datetime import timedelta
 from typing import Final, Self
 
 from aiokv import clock
-from aiokv.backends.capabilities import MAX_CLAIM_SECONDS, MIN_CLAIM_SECONDS, ClaimBackend
+from aiokv.backends.capabilities import MAX_CLAIM_SECONDS, MIN_CLAIM_SECONDS, ClaimBackend, ClaimOutcome
 from aiokv.errors import CallError
 
 logger = logging.getLogger("aiokv")
@@ -28,13 +29,17 @@ class Claim:
     False, and stays so.
 
     Args:
+        store: The store; once it is closed, the claim is not renewed any more.
         open_claims: Return the backend.
         db_name: The namespace.
         key: What is claimed.
         seconds: How long it lasts without renewal.
     """
 
-    def __init__(self, open_claims: Callable[[], Awaitable[ClaimBackend]], db_name: str, key: str, seconds: float) -> None:
+    def __init__(
+        self, store: object, open_claims: Callable[[], Awaitable[ClaimBackend]], db_name: str, key: str, seconds: float
+    ) -> None:
+        self.store = store
         self._open_claims = open_claims
         self._name = (db_name, key, os.urandom(16).hex())
         self._seconds = seconds
@@ -43,6 +48,8 @@ class Claim:
         self._was_granted = False
         self._claims: ClaimBackend | None = None
         self._renewing: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_store_closed = False
 
     @property
     def is_held(self) -> bool:
@@ -61,8 +68,10 @@ class Claim:
         if self._claims is not None:
             raise RuntimeError("a claim is entered once; make another one with store.claim")
         claims = self._claims = await self._open_claims()
+        self._loop = asyncio.get_running_loop()
+        _begun[id(self)] = self
         try:
-            self._was_granted = await self._ask(claims)
+            self._was_granted = await self._ask(claims.claim)
         except BaseException as error:
             if not isinstance(error, CallError) or error.maybe_applied:
                 # It may be held all the same. Not awaited: a task that is cancelled or late waits for nothing more.
@@ -81,22 +90,29 @@ class Claim:
             self._was_granted = False
             await self._release(self._claims)
 
-    async def _ask(self, claims: ClaimBackend) -> bool:
+    def end_renewal_here(self) -> None:
+        """Renew it no more, where it was begun in the running event loop: it ends by itself."""
+        if self._loop is asyncio.get_running_loop():
+            self._is_store_closed = True
+            if self._renewing is not None:
+                self._renewing.cancel()
+
+    async def _ask(self, ask: Callable[[str, str, str, float], Awaitable[ClaimOutcome]]) -> bool:
         asked_at = clock.monotonic()
-        outcome = await claims.claim(*self._name, self._seconds)
+        outcome = await ask(*self._name, self._seconds)
         self._ends_at = asked_at + outcome.seconds_left
         return outcome.is_held
 
     async def _renew(self, claims: ClaimBackend) -> None:
         wait_seconds = self._seconds / 3
-        while True:
+        while not self._is_store_closed:
             await asyncio.sleep(wait_seconds)
             if not self.is_held:
                 return
             ends_at, wait_seconds = self._ends_at, self._seconds / 3
             try:
                 async with asyncio.timeout(self._seconds / 6):
-                    is_held = await self._ask(claims)
+                    is_held = await self._ask(claims.renew)
             except Exception as error:  # noqa: BLE001 (tried again until the claim has ended)
                 logger.debug("a claim could not be renewed: %s", type(error).__name__)
                 wait_seconds = self._seconds / 12
@@ -112,6 +128,23 @@ class Claim:
                 await claims.release(*self._name)
         except Exception as error:  # noqa: BLE001 (it ends by itself)
             logger.debug("a claim could not be released: %s", type(error).__name__)
+
+
+# Weakly: those whose blocks have ended are dropped.
+_begun: "weakref.WeakValueDictionary[int, Claim]" = weakref.WeakValueDictionary()
+
+
+def end_renewals(stores: Container[object]) -> None:
+    """Renew the claims of some stores no more, in the running event loop.
+
+    Args:
+        stores: The stores.
+    """
+    # The list is made in one step, whatever other threads claim meanwhile.
+    for reference in _begun.valuerefs():
+        claim = reference()
+        if claim is not None and claim.store in stores:
+            claim.end_renewal_here()
 
 
 def check_claim_seconds(seconds: float | timedelta) -> float:

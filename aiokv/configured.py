@@ -28,6 +28,7 @@ from aiokv.backends.registry import (
 )
 from aiokv.backends.scheme import ClientOptions, refuse_with_backend
 from aiokv.changes import end_watches
+from aiokv.claiming import end_renewals
 from aiokv.errors import AioKVError, UnsupportedError, truncated
 from aiokv.limits import check_db_name
 from aiokv.target import Target, TargetAttribute
@@ -148,7 +149,7 @@ class ConfiguredStore:
 
         Safe to call twice. Connections stay open as long as another store shares them, and a backend that was passed in is
         not closed. Where this was the last store, calls of other tasks that are under way finish or fail with
-        `StoreClosedError`. Watches of these stores in this loop end.
+        `StoreClosedError`. Watches of these stores in this loop end, and their claims are not renewed any more.
         """
         try:
             sharing_key = self._sharing_key(self.target)
@@ -156,6 +157,7 @@ class ConfiguredStore:
             # The environment names no place, so nothing of this store alone can be open.
             sharing_key = None
         end_watches(self._derived[-1])
+        end_renewals(self._derived[-1])
         await pooling.release(self._derived[-1], sharing_key)
 
     def _unbind(self) -> None:

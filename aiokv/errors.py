@@ -24,6 +24,9 @@ AioKVError
     └── StoreClosedError                 the store was closed while the call was under way
 ```
 
+`StorageFullError` is one error for every lack of room: of a disk, of the memory of Redis, of an account's quota (also a 507).
+It is an `UnavailableError` as well as a `StorageError`.
+
 A bad argument is a plain `ValueError` or `TypeError`, raised before any I/O.
 """
 
@@ -180,8 +183,8 @@ class StorageError(CallError):
     """An embedded store could not read or write its file."""
 
 
-class StorageFullError(StorageError):
-    """An embedded store's disk is full; nothing was stored."""
+class StorageFullError(StorageError, UnavailableError):
+    """The store has no room: its disk or memory, or an account's quota, is full (507 over HTTP); nothing was stored."""
 
 
 class CorruptValueError(StorageError):

@@ -13,10 +13,8 @@ import orjson
 
 from aiokv.backends.capabilities import (
     MAX_BATCH_KEYS,
-    MAX_CLAIM_SECONDS,
-    MIN_CLAIM_SECONDS,
     Capabilities,
-    ClaimOutcome,
+    Cleared,
     KeyInfo,
     Page,
 )
@@ -34,11 +32,11 @@ MAX_PARTS: Final = 10 * MAX_BATCH_KEYS
 """More members and items than any request or answer has."""
 
 _MAX_CURSOR_CHARS = MAX_ENTRY_PATH_BYTES
-_NAMES: Mapping[str, str] = {"batch": "batch", "scan": "scan", "claim": "claims", "watch": "watch"}
+# A client may know claims without renewals, so those have a name of their own.
+_NAMES: Mapping[str, str] = {"batch": "batch", "scan": "scan", "claim": "claims, renew", "watch": "watch"}
+_KNOWN_NAMES = frozenset({"batch", "scan", "claims", "renew", "watch"})
 _MAX_HEADER_CHARS = 1_000
-_OWNER = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LIMIT = re.compile(r"[0-9]{1,4}")
-_SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,20})?")
 
 
 class Listing(NamedTuple):
@@ -56,7 +54,7 @@ def extensions_of(capabilities: Capabilities) -> str:
         capabilities: Those of its backend.
 
     Returns:
-        The header's text, such as `batch, scan, claims, watch`; "" where there are none, and no header then.
+        The header's text, such as `batch, scan, claims, renew, watch`; "" where there are none, and no header then.
     """
     return ", ".join(name for field, name in _NAMES.items() if getattr(capabilities, field) is not None)
 
@@ -68,10 +66,10 @@ def parse_extensions(text: str | None) -> frozenset[str]:
         text: The header's text, or None where the answer has none.
 
     Returns:
-        Those of `batch`, `scan`, `claims` and `watch` that are in it; others are ignored.
+        Those of `batch`, `scan`, `claims`, `renew` and `watch` that are in it; others are ignored.
     """
     names = (name.strip(" \t") for name in (text or "")[:_MAX_HEADER_CHARS].split(","))
-    return frozenset(names).intersection(_NAMES.values())
+    return _KNOWN_NAMES.intersection(names)
 
 
 def batch_path(db_name: str) -> str:
@@ -85,7 +83,7 @@ def watch_path(db_name: str) -> str:
 
 
 def keys_path(db_name: str, listing: Listing = Listing()) -> str:  # noqa: B008 (immutable)
-    """Build the path and query of a listing (GET) and of a clear (DELETE, without a cursor).
+    """Build the path and query of a listing (GET) and of a step of clearing (DELETE).
 
     Args:
         db_name: A checked namespace.
@@ -95,29 +93,13 @@ def keys_path(db_name: str, listing: Listing = Listing()) -> str:  # noqa: B008 
         `/keys/{db_name}?...`, percent-encoded.
     """
     query = {"prefix": listing.prefix, "after": listing.cursor or "", "limit": str(listing.limit)}
-    return f"/keys/{quote(db_name, safe='')}?{_query({name: text for name, text in query.items() if text})}"
+    return f"/keys/{quote(db_name, safe='')}?{build_query({name: text for name, text in query.items() if text})}"
 
 
 def count_path(db_name: str, prefix: str = "") -> str:
     """Build the path and query of a count, percent-encoded."""
-    query = f"?{_query({'prefix': prefix})}" if prefix else ""
+    query = f"?{build_query({'prefix': prefix})}" if prefix else ""
     return f"/count/{quote(db_name, safe='')}{query}"
-
-
-def claim_path(db_name: str, key: str, owner: str, seconds: float | None = None) -> str:
-    """Build the path and query of a claim (PUT) or a release (DELETE, without seconds).
-
-    Args:
-        db_name: A checked namespace.
-        key: A checked key.
-        owner: Who claims; a secret, so that the query must not be logged.
-        seconds: How long the claim lasts.
-
-    Returns:
-        `/claims/{db_name}/{key}?...`, percent-encoded.
-    """
-    query = {"owner": owner} if seconds is None else {"owner": owner, "seconds": f"{seconds:.6f}".rstrip("0").rstrip(".")}
-    return f"/claims/{quote(db_name, safe='')}/{quote(key, safe='')}?{_query(query)}"
 
 
 def parse_db_path(raw: str) -> str:
@@ -164,7 +146,7 @@ def parse_listing_query(query: str, db_name: str, *, allowed: Collection[str] = 
     Raises:
         ValueError: A parameter is unknown, given twice or not acceptable: a misspelt prefix must not clear everything.
     """
-    given = _parse_query(query, allowed)
+    given = parse_query(query, allowed)
     prefix = given.get("prefix", "")
     if prefix not in {"", ".", ".."}:
         try:
@@ -178,30 +160,6 @@ def parse_listing_query(query: str, db_name: str, *, allowed: Collection[str] = 
     if not _LIMIT.fullmatch(limit) or not 1 <= int(limit) <= MAX_BATCH_KEYS:
         raise ValueError(f"limit must be a decimal number from 1 to {MAX_BATCH_KEYS:,}")
     return Listing(prefix, cursor, int(limit))
-
-
-def parse_claim_query(query: str, *, has_seconds: bool) -> tuple[str, float]:
-    """Parse the query of a claim or a release.
-
-    Args:
-        query: The raw query without its question mark.
-        has_seconds: Whether it says how long the claim lasts.
-
-    Returns:
-        The owner and the seconds, 0.0 for a release.
-
-    Raises:
-        ValueError: A parameter is unknown, missing, given twice or not acceptable.
-    """
-    given = _parse_query(query, ("owner", "seconds") if has_seconds else ("owner",))
-    owner, seconds = given.get("owner", ""), given.get("seconds", "")
-    if not _OWNER.fullmatch(owner):
-        raise ValueError("owner must be 1 to 128 ASCII letters, digits, '-' and '_', and different from everybody else's")
-    if not has_seconds:
-        return owner, 0.0
-    if not _SECONDS.fullmatch(seconds) or not MIN_CLAIM_SECONDS <= float(seconds) <= MAX_CLAIM_SECONDS:
-        raise ValueError(f"seconds must be a decimal number from {MIN_CLAIM_SECONDS:g} to {MAX_CLAIM_SECONDS:,g}")
-    return owner, float(seconds)
 
 
 def parse_answer(body: bytes) -> dict[str, Any]:
@@ -287,86 +245,74 @@ def parse_page(body: bytes, listing: Listing) -> tuple[Page, bool]:
         ValueError: The body is no such answer.
     """
     answer = parse_answer(body)
-    keys, cursor, is_ordered = answer.get("keys"), answer.get("next"), answer.get("ordered")
+    keys, cursor, is_ordered = answer.get("keys"), _parse_next(answer), answer.get("ordered")
     if not isinstance(keys, list) or len(keys) > listing.limit:
         raise ValueError(f"the answer's member keys must be a list of at most {listing.limit:,}")
-    if cursor is not None and not (isinstance(cursor, str) and 0 < len(cursor) <= _MAX_CURSOR_CHARS):
-        raise ValueError(f"the answer's member next must be null or a text of at most {_MAX_CURSOR_CHARS:,} characters")
-    if cursor is not None and cursor == listing.cursor:
-        raise ValueError("the answer's member next must not be that of the page before")
     if not isinstance(is_ordered, bool):
         raise ValueError("the answer's member ordered must be true or false")  # noqa: TRY004 (one kind for every fault)
     return Page([_parse_info(info, listing.prefix) for info in keys], cursor), is_ordered
 
 
-def number_body(name: str, number: int) -> bytes:
-    """Build the answer of a count, `{"count": 5}`, or of a clear, `{"deleted": 5}`."""
-    return orjson.dumps({name: number})
+def count_body(count: int) -> bytes:
+    """Build the answer of a count."""
+    return orjson.dumps({"count": count})
 
 
-def parse_number(body: bytes, name: str, most: int | None = None) -> int:
-    """Parse the answer of a count or of a clear.
+def parse_count(body: bytes) -> int:
+    """Parse the answer of a count, with status 200; raise `ValueError` where the body is none."""
+    return _parse_number(parse_answer(body), "count")
+
+
+def cleared_body(cleared: Cleared, prefix: str = "") -> bytes:
+    """Build the answer of a step of clearing.
+
+    Args:
+        cleared: What the step has done.
+        prefix: What the keys begin with.
+
+    Returns:
+        `{"deleted": 5, "next": "cursor"}` as JSON.
+    """
+    cursor = None if cleared.cursor is None else shorten_cursor(cleared.cursor, prefix)
+    return orjson.dumps({"deleted": cleared.deleted, "next": cursor})
+
+
+def parse_cleared(body: bytes, listing: Listing) -> Cleared | int:
+    """Parse the answer of a step of clearing.
 
     Args:
         body: The body of an answer with status 200.
-        name: `count` or `deleted`.
-        most: Its largest possible number, or None.
+        listing: What was asked for.
 
     Returns:
-        The number.
+        What the step has done. Of a server that does not know `next`, how many entries it has deleted.
 
     Raises:
         ValueError: The body is no such answer.
     """
-    number = parse_answer(body).get(name)
-    if type(number) is not int or number < 0 or (most is not None and number > most):
-        raise ValueError(f"the answer's member {name} must be a number of entries that was asked for")
-    return number
-
-
-def claim_body(outcome: ClaimOutcome) -> bytes:
-    """Build the answer of a claim, with status 200 where it is held and 409 where not."""
-    return orjson.dumps({"held": outcome.is_held, "seconds_left": round(outcome.seconds_left, 6)})
-
-
-def parse_claim(body: bytes, *, is_held: bool) -> ClaimOutcome:
-    """Parse the answer of a claim.
-
-    Args:
-        body: The body of an answer with status 200 or 409.
-        is_held: Whether the status is 200.
-
-    Returns:
-        Who holds the claim.
-
-    Raises:
-        ValueError: The body is no such answer; one with status 409 may then be an error as everywhere.
-    """
     answer = parse_answer(body)
-    seconds = _number(answer.get("seconds_left"))
-    if seconds is None or not 0 <= seconds <= 2 * MAX_CLAIM_SECONDS or answer.get("held") is not is_held:
-        raise ValueError("the answer's member held must fit the status, and seconds_left must be a number of seconds")
-    return ClaimOutcome(is_held, seconds)
+    deleted = _parse_number(answer, "deleted", listing.limit)
+    return Cleared(deleted, _parse_next(answer)) if "next" in answer else deleted
 
 
-def released_body(*, was_held: bool) -> bytes:
-    """Build the answer of a release."""
-    return orjson.dumps({"released": was_held})
-
-
-def parse_released(body: bytes) -> bool:
-    """Parse the answer of a release, with status 200; raise `ValueError` where the body is none."""
-    released = parse_answer(body).get("released")
-    if not isinstance(released, bool):
-        raise ValueError("the answer's member released must be true or false")  # noqa: TRY004 (one kind for every fault)
-    return released
-
-
-def _query(parameters: Mapping[str, str]) -> str:
+def build_query(parameters: Mapping[str, str]) -> str:
+    """Build a query without its question mark, percent-encoded."""
     return urlencode(parameters, quote_via=quote, safe="")
 
 
-def _parse_query(query: str, allowed: Collection[str]) -> dict[str, str]:
+def parse_query(query: str, allowed: Collection[str]) -> dict[str, str]:
+    """Parse a query.
+
+    Args:
+        query: The raw query without its question mark.
+        allowed: The parameters that the path takes.
+
+    Returns:
+        Those that are given, decoded.
+
+    Raises:
+        ValueError: A parameter is unknown, given twice or malformed.
+    """
     given: dict[str, str] = {}
     for part in query.split("&") if query else ():
         name, _, text = part.partition("=")
@@ -376,15 +322,30 @@ def _parse_query(query: str, allowed: Collection[str]) -> dict[str, str]:
     return given
 
 
+def _parse_number(answer: Mapping[str, Any], name: str, most: int | None = None) -> int:
+    number = answer.get(name)
+    if type(number) is not int or number < 0 or (most is not None and number > most):
+        raise ValueError(f"the answer's member {name} must be a number of entries that was asked for")
+    return number
+
+
+def _parse_next(answer: Mapping[str, Any]) -> str | None:
+    cursor = answer.get("next")
+    if cursor is not None and not (isinstance(cursor, str) and 0 < len(cursor) <= _MAX_CURSOR_CHARS):
+        raise ValueError(f"the answer's member next must be null or a text of at most {_MAX_CURSOR_CHARS:,} characters")
+    return cursor
+
+
 def _parse_info(info: object, prefix: str) -> KeyInfo:
     if isinstance(info, dict):
-        key, expires_at, value_bytes = info.get("key"), _number(info.get("expires_at")), info.get("value_bytes")
+        key, expires_at, value_bytes = info.get("key"), number_in(info.get("expires_at")), info.get("value_bytes")
         is_size = type(value_bytes) is int and value_bytes >= 0
         if isinstance(key, str) and key.startswith(prefix) and expires_at is not None and is_size:
             return KeyInfo(key, expires_at, info["value_bytes"])
     raise ValueError("each key of the answer must have the prefix, a time of expiry and a size")
 
 
-def _number(given: object) -> float | None:
+def number_in(given: object) -> float | None:
+    """Return a number of JSON; None where it is something else."""
     # A bool is an int, too; of JSON no number is infinite.
     return float(given) if isinstance(given, int | float) and not isinstance(given, bool) else None

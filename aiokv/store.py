@@ -254,7 +254,10 @@ class AsyncKVStore(ConfiguredStore):
         return await (await self._open_scan()).count(self._db_name, prefix)
 
     async def clear(self, prefix: str = "") -> int:
-        """Delete all entries of this namespace, in steps; what others set meanwhile may stay.
+        """Delete all entries that are in this namespace when it begins, in steps.
+
+        What others set meanwhile may go or stay: a store that has an order of keys goes through it once, and does not look
+        again at what it has passed. So it ends however fast others write.
 
         Args:
             prefix: As for `keys`; "" deletes every entry.
@@ -288,7 +291,8 @@ class AsyncKVStore(ConfiguredStore):
         """Claim a key, so that at most one holder works on it: `async with store.claim("report") as claim:`.
 
         The block runs in any case: look at `claim.is_held` first, and again before what only the holder may do. The claim is
-        renewed while the block runs, and released behind it. Claims are apart from values: nothing is stored under the key.
+        renewed while the block runs and the store is open, and released behind it. Claims are apart from values: nothing is
+        stored under the key.
         To enter the block raises `UnsupportedError` where the store knows no claims, and `CallError` where it fails.
 
         Args:
@@ -303,7 +307,7 @@ class AsyncKVStore(ConfiguredStore):
             ValueError: An argument is not acceptable.
         """
         check_entry(self._db_name, key)
-        return Claim(self._open_claims, self._db_name, key, check_claim_seconds(seconds))
+        return Claim(self, self._open_claims, self._db_name, key, check_claim_seconds(seconds))
 
     async def _batch(self, verb: str, keys: Sequence[str]) -> BatchBackend | None:
         """Return the backend where keys go in batches: one alone does not, nor does a subclass that has its own calls."""

@@ -22,6 +22,7 @@ from aiokv.errors import (
     CallError,
     RejectedError,
     ResponseError,
+    StorageFullError,
     ThrottledError,
     UnavailableError,
     ValueTooLargeError,
@@ -39,8 +40,9 @@ MAX_ANSWER_BYTES = 6 * MAX_VALUE_BYTES + 1024
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
+_FULL = 507
 # Not implemented, unknown version, no room left: the server says that it did nothing.
-_REFUSING_STATUSES = frozenset({501, 505, 507})
+_REFUSING_STATUSES = frozenset({501, 505, _FULL})
 
 # Most names need neither decoding nor a closer look: they begin with a letter or digit, and are far from any limit.
 _PLAIN_ENTRY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._~-]{0,63})/([A-Za-z0-9][A-Za-z0-9._~:-]{0,499})")
@@ -262,6 +264,8 @@ def error_for_status(status: int, detail: str, *, retry_after: float | None = No
         kind = ValueTooLargeError
     elif status == _TOO_MANY:
         kind = ThrottledError
+    elif status == _FULL:
+        kind = StorageFullError
     elif status >= _SERVER_ERRORS:
         kind = UnavailableError
     else:

@@ -39,4 +39,4 @@ def test_numbers_of_the_page_are_those_of_the_code() -> None:
     assert f"1 to {MAX_BATCH_KEYS:,} keys" in PAGE
     assert f"({MIN_CLAIM_SECONDS:.0f} to {MAX_CLAIM_SECONDS:,.0f}," in PAGE
     assert f"every {HEARTBEAT_SECONDS:.0f} seconds" in PAGE
-    assert f"{EXTENSIONS_HEADER}: batch, scan, claims, watch" in PAGE
+    assert f"{EXTENSIONS_HEADER}: batch, scan, claims, renew, watch" in PAGE

@@ -122,7 +122,16 @@ class Page(NamedTuple):
 
     infos: Sequence[KeyInfo]
     cursor: str | None
-    """Where the next page begins; None at the end."""
+    """Where the next page begins; None at the end. No listing comes to the same cursor twice."""
+
+
+class Cleared(NamedTuple):
+    """What one step of clearing has done."""
+
+    deleted: int
+    """How many entries it deleted, expired ones included."""
+    cursor: str | None
+    """Where the next step begins; None at the end. No clearing comes to the same cursor twice."""
 
 
 @runtime_checkable
@@ -173,18 +182,24 @@ class ScanBackend(Protocol):
         """
         ...
 
-    async def clear(self, db_name: str, prefix: str = "", limit: int = MAX_BATCH_KEYS) -> int:
+    async def clear(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Cleared:
         """Delete some entries; one call takes a bounded time.
+
+        The steps from `cursor=None` to a cursor of None delete every entry that was there when they began and was not deleted
+        by others. An entry that is set meanwhile may go or stay. The steps come to their end however fast others write.
 
         Args:
             db_name: The namespace.
             prefix: What the keys begin with; "" for all.
+            cursor: That of the step before, with the same namespace and prefix; None for the first step.
             limit: Most entries to delete, from 1 to `MAX_BATCH_KEYS`.
 
         Returns:
-            How many were deleted, expired ones included. Fewer than `limit`: at one moment of the call none was left.
+            How many were deleted, and where the next step begins. Without `cursor`, fewer than `limit` are deleted at the end
+            alone.
 
         Raises:
+            ValueError: The cursor is not one of this backend's.
             CallError: `maybe_applied` is true where some may be gone.
         """
         ...
@@ -196,7 +211,7 @@ class ClaimOutcome(NamedTuple):
     is_held: bool
     """Whether the caller's owner holds it."""
     seconds_left: float
-    """How long the holder, whoever that is, keeps it unless it is renewed or released; above 0."""
+    """How long the holder, whoever that is, keeps it unless it is renewed or released; 0.0 where a renewal found no holder."""
     is_new: bool = False
     """Whether the owner did not hold it before. Backends that tell it let their server bound the claims of an account."""
 
@@ -225,6 +240,25 @@ class ClaimBackend(Protocol):
 
         Raises:
             CallError: `maybe_applied` is true where the claim may be held all the same; asking again by the same owner is safe.
+        """
+        ...
+
+    async def renew(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        """Renew a claim that its owner still holds: it then lasts `seconds` from now. Otherwise nothing changes.
+
+        So a renewal that arrives late, after the release or the end of the claim, takes nothing.
+
+        Args:
+            db_name: The namespace.
+            key: What is claimed.
+            owner: Who claimed it.
+            seconds: As for `claim`.
+
+        Returns:
+            Whether the owner holds it, and for how long its holder does. `is_new` is false.
+
+        Raises:
+            CallError: `maybe_applied` is true where the claim may be renewed all the same.
         """
         ...
 
@@ -277,7 +311,7 @@ class Capabilities(NamedTuple):
 _METHODS: dict[str, tuple[str, ...]] = {
     "batch": ("get_many", "set_many", "delete_many", "batches_are_atomic"),
     "scan": ("scan", "count", "clear", "scans_in_order"),
-    "claim": ("claim", "release"),
+    "claim": ("claim", "renew", "release"),
     "watch": ("watch",),
 }
 

@@ -16,6 +16,7 @@ from aiokv.backends.capabilities import (
     MAX_BATCH_KEYS,
     OMITTED,
     ClaimOutcome,
+    Cleared,
     Entry,
     KeyInfo,
     Omitted,
@@ -164,30 +165,46 @@ class MemoryBackend:
             await asyncio.sleep(0)
         return found
 
-    async def clear(self, db_name: str, prefix: str = "", limit: int = MAX_BATCH_KEYS) -> int:
+    async def clear(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Cleared:
         """Delete some entries; see `ScanBackend.clear`. The loop gets its turn between steps."""
         deleted = 0
-        following: int | None = 0
+        if cursor is None:
+            # Keys that are added from now on have later numbers.
+            namespace = self._namespaces.get(db_name)
+            first, end = 0, 0 if namespace is None else namespace.next_number
+        else:
+            first, end = map(_number_of, cursor.split("-", 1) if "-" in cursor else ("", ""))
+        following: int | None = first
         while following is not None and deleted < limit:
             with self._lock:
-                infos, following = self._walk(db_name, prefix, following, limit - deleted, -math.inf)
+                infos, following = self._walk(db_name, prefix, following, limit - deleted, -math.inf, end)
                 self._discard_all(db_name, [info.key for info in infos])
             deleted += len(infos)
             if following is not None:
                 await asyncio.sleep(0)
-        return deleted
+        return Cleared(deleted, None if following is None else f"{following}-{end}")
 
     async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
         """Take or renew a claim; see `ClaimBackend.claim`."""
+        return self._claim(db_name, key, owner, seconds, is_renewal=False)
+
+    async def renew(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        """Renew a claim; see `ClaimBackend.renew`."""
+        return self._claim(db_name, key, owner, seconds, is_renewal=True)
+
+    def _claim(self, db_name: str, key: str, owner: str, seconds: float, *, is_renewal: bool) -> ClaimOutcome:
         now = self._now()
         name = (db_name + _CLAIMS, key)
         with self._lock:
             self._sweep(now, _SWEEP_PER_SET)
             held = self._entries.get(name)
-            if held is not None and now < held[1] and held[0] != owner:
+            is_new = held is None or now >= held[1]
+            if held is not None and not is_new and held[0] != owner:
                 return ClaimOutcome(is_held=False, seconds_left=held[1] - now)
+            if is_new and is_renewal:
+                return ClaimOutcome(is_held=False, seconds_left=0.0)
             self._entries[name] = self._count_entry(name, owner, now + seconds, 0)
-        return ClaimOutcome(is_held=True, seconds_left=seconds, is_new=held is None or now >= held[1])
+        return ClaimOutcome(is_held=True, seconds_left=seconds, is_new=is_new)
 
     async def release(self, db_name: str, key: str, owner: str) -> bool:
         """Give a claim back; see `ClaimBackend.release`."""
@@ -272,12 +289,16 @@ class MemoryBackend:
         if found and self._watchers.feeds:
             self._watchers.notify(db_name, [Changed(key, is_delete=True) for _, key in found])
 
-    def _walk(self, db_name: str, prefix: str, first: int, limit: int, now: float) -> tuple[list[KeyInfo], int | None]:
+    def _walk(  # noqa: PLR0913, PLR0917 (what a walk is)
+        self, db_name: str, prefix: str, first: int, limit: int, now: float, end: float = math.inf
+    ) -> tuple[list[KeyInfo], int | None]:
         """Find up to `limit` unexpired keys in one bounded step, and the number to go on with; the caller has the lock."""
         infos: list[KeyInfo] = []
         namespace = self._namespaces.get(db_name)
         if namespace is not None:
             for steps, (number, key) in enumerate(namespace.walk(first)):
+                if number >= end:
+                    break
                 if len(infos) == limit or steps == _KEYS_PER_STEP:
                     return infos, number
                 if key.startswith(prefix):

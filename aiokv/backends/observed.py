@@ -9,6 +9,7 @@ from aiokv.backends.capabilities import (
     Capabilities,
     ClaimBackend,
     ClaimOutcome,
+    Cleared,
     Entry,
     Omitted,
     Page,
@@ -130,10 +131,10 @@ class _ObservedScan:
         with self._observe("count", db_name, prefix):
             return await self._backend.count(db_name, prefix)
 
-    async def clear(self, db_name: str, prefix: str = "", limit: int = MAX_BATCH_KEYS) -> int:
+    async def clear(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Cleared:
         """Delete some entries; see `ScanBackend.clear`."""
         with self._observe("clear", db_name, prefix):
-            return await self._backend.clear(db_name, prefix, limit)
+            return await self._backend.clear(db_name, prefix, cursor, limit)
 
 
 class _ObservedClaims:
@@ -147,6 +148,11 @@ class _ObservedClaims:
         """Take or renew a claim; see `ClaimBackend.claim`."""
         with self._observe("claim", db_name, key):
             return await self._backend.claim(db_name, key, owner, seconds)
+
+    async def renew(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        """Renew a claim; see `ClaimBackend.renew`. An observer sees a claim, as where it was taken."""
+        with self._observe("claim", db_name, key):
+            return await self._backend.renew(db_name, key, owner, seconds)
 
     async def release(self, db_name: str, key: str, owner: str) -> bool:
         """Give a claim back; see `ClaimBackend.release`."""

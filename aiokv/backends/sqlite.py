@@ -21,7 +21,7 @@ from zlib import crc32
 from aiokv import clock as process_clock
 from aiokv.backends import sqlite_file, sqlite_many, sqlite_schema
 from aiokv.backends.base import Clock, Gauges, HostingOptions, Usage, WouldWaitError
-from aiokv.backends.capabilities import MAX_BATCH_KEYS, ClaimOutcome, Entry, Omitted, Page
+from aiokv.backends.capabilities import MAX_BATCH_KEYS, ClaimOutcome, Cleared, Entry, Omitted, Page
 from aiokv.backends.sqlite_claims import Claim, Release
 from aiokv.backends.sqlite_commit import Figures
 from aiokv.backends.sqlite_disk import Disk
@@ -219,23 +219,30 @@ class SqliteBackend:
 
         return await self._read("count", db_name, read)
 
-    async def clear(self, db_name: str, prefix: str = "", limit: int = MAX_BATCH_KEYS) -> int:
-        """Delete entries in steps of bounded size; see `ScanBackend.clear`."""
+    async def clear(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Cleared:
+        """Delete entries in the order of their keys, in steps of bounded size; see `ScanBackend.clear`.
+
+        It ends at the key that was the last one when it began. Of a key of thousands of characters, a part counts.
+        """
         deleted = 0
-        while deleted < limit:
+        while True:
             try:
-                step = await self._do(Clear(db_name, prefix, limit - deleted))
+                step = (await self._do(Clear(db_name, prefix, cursor, limit - deleted))).cleared
             except CallError as error:
                 error.maybe_applied = error.maybe_applied or deleted > 0
                 raise
             deleted += step.deleted
-            if not step.has_more:
-                break
-        return deleted
+            cursor = step.cursor
+            if cursor is None or deleted == limit:
+                return Cleared(deleted, cursor)
 
     async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
         """Take or renew a claim; see `ClaimBackend.claim`."""
         return (await self._do(Claim(db_name, key, owner, seconds))).outcome
+
+    async def renew(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        """Renew a claim; see `ClaimBackend.renew`."""
+        return (await self._do(Claim(db_name, key, owner, seconds, is_renewal=True))).outcome
 
     async def release(self, db_name: str, key: str, owner: str) -> bool:
         """Give a claim back; see `ClaimBackend.release`."""

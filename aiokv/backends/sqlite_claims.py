@@ -27,31 +27,36 @@ class Claim(Job):
         key: What is claimed.
         owner: Who claims it.
         seconds: For how long.
+        is_renewal: Whether it is taken only where the owner holds it already.
 
     Attributes:
         outcome: Who holds it.
     """
 
-    __slots__ = ("_owner", "_seconds", "outcome")
+    __slots__ = ("_is_renewal", "_owner", "_seconds", "outcome")
 
-    def __init__(self, db_name: str, key: str, owner: str, seconds: float) -> None:
+    def __init__(self, db_name: str, key: str, owner: str, seconds: float, *, is_renewal: bool = False) -> None:
         super().__init__("claim", db_name, key)
         self._owner = owner.encode()
         self._seconds = seconds
+        self._is_renewal = is_renewal
         self.outcome = ClaimOutcome(is_held=False, seconds_left=seconds)
 
     def apply(self, connection: sqlite3.Connection, now: float) -> None:
-        """Take the claim unless another owner holds it."""
+        """Take the claim unless another owner holds it; as a renewal, unless the owner itself does not hold it."""
         claims, owner = _namespace_of(self.db_name), self._owner
         checksum = sqlite_schema.checksum_of(claims.encode(), self.key.encode(), owner)
         before = connection.execute(_HOLDER, (claims, self.key)).fetchone()
+        is_free = before is None or before[1] <= now
+        if is_free and self._is_renewal:
+            self.outcome = ClaimOutcome(is_held=False, seconds_left=0.0)
+            return
         connection.execute(_TAKE, (claims, self.key, now + self._seconds, checksum, len(owner), owner, now))
         holder, expires_at = connection.execute(_HOLDER, (claims, self.key)).fetchone()
         is_held = holder == owner
         seconds_left = expires_at - now
         # The sum may have been rounded up.
-        is_new = is_held and (before is None or before[1] <= now)
-        self.outcome = ClaimOutcome(is_held, min(seconds_left, self._seconds) if is_held else seconds_left, is_new)
+        self.outcome = ClaimOutcome(is_held, min(seconds_left, self._seconds) if is_held else seconds_left, is_held and is_free)
 
 
 class Release(Job):

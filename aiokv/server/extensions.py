@@ -13,19 +13,18 @@ import orjson
 from aiokv.backends.base import Backend
 from aiokv.backends.capabilities import Entry, capabilities_of
 from aiokv.batch_wire import Batch, Fault, outcomes_body, parse_batch, values_body
+from aiokv.claim_wire import claim_body, parse_claim_query, released_body
 from aiokv.errors import CallError
 from aiokv.event_wire import is_event_id
 from aiokv.extension_wire import (
     EXTENSIONS_HEADER,
     check_no_query,
-    claim_body,
+    cleared_body,
+    count_body,
     extensions_of,
-    number_body,
     page_body,
-    parse_claim_query,
     parse_db_path,
     parse_listing_query,
-    released_body,
     restore_cursor,
 )
 from aiokv.server.access import AccessFile, Permit
@@ -185,8 +184,7 @@ class Extensions:
         db_name = request.db_name = parse_db_path(path)
         if segment == b"keys":
             is_clear = request.method == b"DELETE"
-            allowed = ("prefix", "limit") if is_clear else ("prefix", "after", "limit")
-            request.parsed = "clear" if is_clear else "scan", parse_listing_query(text, db_name, allowed=allowed)
+            request.parsed = "clear" if is_clear else "scan", parse_listing_query(text, db_name)
         elif segment == b"count":
             request.parsed = "count", parse_listing_query(text, db_name, allowed=("prefix",))
         else:
@@ -284,12 +282,12 @@ class Extensions:
         assert backend is not None  # noqa: S101 (admitted)
         what, listing = request.parsed
         if what == "count":
-            return Answer(200, number_body("count", await backend.count(request.db_name, listing.prefix)))
-        if what == "clear":
-            deleted = await backend.clear(request.db_name, listing.prefix, listing.limit)
-            return Answer(200, number_body("deleted", deleted))
+            return Answer(200, count_body(await backend.count(request.db_name, listing.prefix)))
         try:
             cursor = None if listing.cursor is None else restore_cursor(listing.cursor, listing.prefix)
+            if what == "clear":
+                cleared = await backend.clear(request.db_name, listing.prefix, cursor, listing.limit)
+                return Answer(200, cleared_body(cleared, listing.prefix))
             page = await backend.scan(request.db_name, listing.prefix, cursor, listing.limit)
         except ValueError as error:
             if listing.cursor is None or isinstance(error, CallError):
@@ -301,10 +299,14 @@ class Extensions:
     async def _claims(self, request: Request) -> Answer:
         backend = self._capabilities.claim
         assert backend is not None  # noqa: S101 (admitted)
-        owner, seconds = request.parsed
+        owner, seconds, is_renewal = request.parsed
         if request.method == b"DELETE":
             was_held = await backend.release(request.db_name, request.key, owner)
             return Answer(200, released_body(was_held=was_held))
+        if is_renewal:
+            # It adds nothing, so that no quota is asked.
+            outcome = await backend.renew(request.db_name, request.key, owner, seconds)
+            return Answer(200 if outcome.is_held else 409, claim_body(outcome))
         reason = self._quotas.check_claim(request.account)
         # Those under way count, too. Nothing of it is a value.
         counted_bytes = self._quotas.begin_set(request.account, 0)

@@ -27,7 +27,7 @@ PARAMETERS: Final[Node] = {
     "after": {
         "name": "after",
         "in": "query",
-        "description": "The `next` of the page before, with the same prefix; left out for the first page.",
+        "description": "The `next` of the page or step before, with the same prefix; left out for the first one.",
         "schema": {"type": "string", "minLength": 1, "maxLength": 8_000},
     },
     "owner": {
@@ -45,6 +45,12 @@ PARAMETERS: Final[Node] = {
         "description": "How long the claim lasts from now on, with up to twenty decimals.",
         "schema": {"type": "number", "minimum": MIN_CLAIM_SECONDS, "maximum": MAX_CLAIM_SECONDS},
         "example": 15,
+    },
+    "renew": {
+        "name": "renew",
+        "in": "query",
+        "description": "Take the claim only where the owner holds it already: a late renewal then takes nothing.",
+        "schema": {"type": "integer", "enum": [1]},
     },
     "Last-Event-ID": {
         "name": "Last-Event-ID",
@@ -132,8 +138,11 @@ SCHEMAS: Final[Node] = {
     },
     "Deleted": {
         "type": "object",
-        "required": ["deleted"],
-        "properties": {"deleted": {"type": "integer", "minimum": 0, "maximum": MAX_BATCH_KEYS}},
+        "required": ["deleted", "next"],
+        "properties": {
+            "deleted": {"type": "integer", "minimum": 0, "maximum": MAX_BATCH_KEYS},
+            "next": {"type": ["string", "null"], "description": "`after` of the next step; null at the end."},
+        },
     },
     "Claim": {
         "type": "object",
@@ -170,8 +179,11 @@ def extension_paths() -> Node:
     def answer(description: str, schema: str) -> Node:
         return success(description, "application/json", ref("schemas", schema))
 
-    not_held = answer("Another owner holds it; `seconds_left` is how long, unless it renews or releases it.", "Claim")
-    claim = described("claim", "Take or renew a claim.", answer("It is held.", "Claim"), ("owner", "seconds"), (507,))
+    not_held = answer(
+        "Another owner holds it; `seconds_left` is how long, unless it renews or releases it. A renewal may find no holder.",
+        "Claim",
+    )
+    claim = described("claim", "Take or renew a claim.", answer("It is held.", "Claim"), ("owner", "seconds", "renew"), (507,))
     claim["responses"]["409"] = not_held
     operations: dict[str, tuple[list[Node], Node]] = {
         "/batch/{db_name}": (
@@ -197,9 +209,9 @@ def extension_paths() -> Node:
                 "get": described("listKeys", "List keys, in pages.", answer("A page.", "Page"), ("after",), ()),
                 "delete": described(
                     "clear",
-                    "Delete some entries; repeat until fewer than `limit` were deleted.",
+                    "Delete some entries; repeat with `after` until `next` is null.",
                     answer("How many were deleted.", "Deleted"),
-                    (),
+                    ("after",),
                     (),
                 ),
             },

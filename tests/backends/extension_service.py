@@ -15,21 +15,21 @@ from aiokv.backends.http.retry import RetryPolicy
 from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.watching import Changed, Lost
 from aiokv.batch_wire import Fault, outcomes_body, parse_batch, values_body
+from aiokv.claim_wire import claim_body, parse_claim_query, released_body
 from aiokv.errors import CallError
 from aiokv.event_wire import ALIVE, EVENT_STREAM, RETRY, changed_event, lost_event
 from aiokv.extension_wire import (
     EXTENSIONS_HEADER,
-    claim_body,
-    number_body,
+    cleared_body,
+    count_body,
     page_body,
     parse_listing_query,
-    released_body,
     restore_cursor,
 )
 from aiokv.testing import ScriptedService
 from aiokv.wire import error_body, value_body
 
-ALL = "batch, scan, claims, watch"
+ALL = "batch, scan, claims, renew, watch"
 
 Override = Callable[[web.BaseRequest], Awaitable[web.StreamResponse | None]]
 
@@ -40,6 +40,8 @@ class ExtensionService:
     def __init__(self, extensions: str | None = ALL) -> None:
         self.backend = MemoryBackend()
         self.extensions = extensions
+        # Whether a step of clearing names the next one.
+        self.gives_cursors = True
         self.asked: list[str] = []
         self.bodies: list[bytes] = []
         # May answer in place of the service; one that returns None lets it answer.
@@ -95,24 +97,33 @@ class ExtensionService:
         return self.respond(200, b"{}")
 
     async def _other(self, method: str, word: str, db_name: str, key: str, raw_query: str) -> web.StreamResponse:
-        query = dict(parse_qsl(raw_query))
-        if word == "claims" and method == "PUT":
-            outcome = await self.backend.claim(db_name, key, query["owner"], float(query["seconds"]))
-            return self.respond(200 if outcome.is_held else 409, claim_body(outcome))
         if word == "claims":
-            return self.respond(200, released_body(was_held=await self.backend.release(db_name, key, query["owner"])))
+            return await self._claim(method, db_name, key, raw_query)
         try:
             prefix, cursor, limit = parse_listing_query(raw_query, db_name)
             if word == "count":
-                return self.respond(200, number_body("count", await self.backend.count(db_name, prefix)))
-            if method == "DELETE":
-                return self.respond(200, number_body("deleted", await self.backend.clear(db_name, prefix, limit)))
+                return self.respond(200, count_body(await self.backend.count(db_name, prefix)))
             if cursor is not None:
                 cursor = restore_cursor(cursor, prefix)
+            if method == "DELETE":
+                cleared = await self.backend.clear(db_name, prefix, cursor, limit)
+                body = cleared_body(cleared, prefix) if self.gives_cursors else b'{"deleted":%d}' % cleared.deleted
+                return self.respond(200, body)
             page = await self.backend.scan(db_name, prefix, cursor, limit)
         except ValueError as error:
             return self.respond(400, error_body(str(error)))
         return self.respond(200, page_body(page, prefix, is_ordered=self.backend.scans_in_order))
+
+    async def _claim(self, method: str, db_name: str, key: str, raw_query: str) -> web.StreamResponse:
+        if method == "PUT":
+            owner, seconds, is_renewal = parse_claim_query(raw_query, has_seconds=True)
+            if is_renewal and "renew" not in (self.extensions or ""):
+                return self.respond(400, error_body("the query may hold owner, seconds, each once"))
+            ask = self.backend.renew if is_renewal else self.backend.claim
+            outcome = await ask(db_name, key, owner, seconds)
+            return self.respond(200 if outcome.is_held else 409, claim_body(outcome))
+        owner = parse_claim_query(raw_query, has_seconds=False).owner
+        return self.respond(200, released_body(was_held=await self.backend.release(db_name, key, owner)))
 
     async def _batch(self, db_name: str, body: bytes) -> web.StreamResponse:
         try:

@@ -171,9 +171,10 @@ class TestRefusals:
         assert await backend.get_many("db", [f"k{i}" for i in range(9)]) == ["v"] * 9
         assert len((await backend.scan("db")).infos) == 9
         assert (await backend.claim("db", "k", "me", 5)).is_held
+        assert (await backend.renew("db", "k", "me", 5)).is_held
         assert await backend.release("db", "k", "me")
         await backend.delete("db", "k1")
-        assert (await backend.count("db"), await backend.clear("db"), await backend.health()) == (8, 8, None)
+        assert (await backend.count("db"), await backend.clear("db"), await backend.health()) == (8, (8, None), None)
         with pytest.raises(AuthenticationError):
             await open_redis(server, "/1", credentials="narrow:pw", policy=QUICK)._caller.run_one(
                 Command("set", "db", "k", 0, pack(b"FLUSHALL")), QUICK
@@ -201,6 +202,18 @@ class TestRefusals:
     async def test_database_that_is_not_there_is_refused(self, server: RedisServer, open_redis: Opener) -> None:
         with pytest.raises(RejectedError, match="has no database 99"):
             await open_redis(server, "/99").get("db", "k")
+
+    @pytest.mark.parametrize("scheme", ["redis+cluster://{}", "redis+sentinel://{}/main"])
+    async def test_wrong_password_is_found_out_at_once_by_whoever_looks_for_the_primaries(self, scheme: str) -> None:
+        with running_redis("--requirepass", "secret", "--cluster-enabled", "yes") as locked:
+            backend = RedisBackend(parse_url(scheme.format(locked.address)), credentials="default:wrong")
+            with pytest.raises(AuthenticationError, match="user or password is wrong") as caught:
+                await backend.set("db", "k", "v", 60)
+            assert (caught.value.attempts, caught.value.maybe_applied) == (1, False)
+            assert "user or password is wrong" in (await backend.health() or "")
+            with pytest.raises(AuthenticationError, match="user or password is wrong"):
+                await next_of(backend.watch("db"), Lost)
+            await backend.aclose()
 
     async def test_url_of_a_cluster_that_is_one_server_names_the_scheme_at_once(self, server: RedisServer) -> None:
         backend = RedisBackend(parse_url(f"redis+cluster://{server.address}"))

@@ -8,6 +8,7 @@ from redis_servers import RedisServer, needs_server, running_redis
 
 from aiokv.backends.capabilities import Entry
 from aiokv.backends.redis.backend import RedisBackend
+from aiokv.testing.contract.scan import clearing
 
 pytestmark = needs_server
 
@@ -47,18 +48,28 @@ class TestScan:
                 cursor = page.cursor
             assert found == keys
 
-    @pytest.mark.parametrize("cursor", ["", "x", "1", "0.zz.1", "99999.aa.1", "0.aa.-1", "0.aa.1.é"])
+    @pytest.mark.parametrize(
+        "cursor", ["", "x", "1", "0.zz.1", "99999.aa.1", "16384.aa.1", f"0.aa.{2**64}", "0.aa.-1", "0.aa.1.é"]
+    )
     async def test_foreign_cursor_is_refused(self, server: RedisServer, open_redis: Opener, cursor: str) -> None:
         with pytest.raises(ValueError, match="cursor"):
             await open_redis(server).scan("db", "", cursor)
+        with pytest.raises(ValueError, match="cursor"):
+            await open_redis(server).clear("db", "", cursor)
+        with pytest.raises(ValueError, match="cursor"):
+            await open_redis(server).clear("db", "", f"1/{cursor}")
+
+    async def test_largest_cursor_of_a_server_is_taken(self, server: RedisServer, open_redis: Opener) -> None:
+        backend = open_redis(server)
+        assert await backend.scan("db", "", f"0.aa.{2**64 - 1}") == ([], None)
 
     async def test_many_keys_are_cleared_in_steps(self, server: RedisServer, open_redis: Opener) -> None:
         backend = open_redis(server)
         for start in range(0, 5_000, 1_000):
             await backend.set_many("db", [Entry(f"k{start + i}", "v", 60) for i in range(1_000)])
         await backend.set("other", "k", "v", 60)
-        steps = []
-        while (deleted := await backend.clear("db")) == 1_000:
-            steps.append(deleted)
-        assert sum(steps) + deleted == 5_000
+        steps = [step async for step in clearing(backend, "db", "", 1_000)]
+        assert sum(step.deleted for step in steps) == 5_000
+        # Each goes on where the one before has ended.
+        assert len(steps) < 10
         assert (await backend.count("db"), await backend.count("other")) == (0, 1)

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from child_processes import execute
@@ -15,6 +16,9 @@ from aiokv.backends.capabilities import Entry, Page
 from aiokv.backends.sqlite import SqliteBackend
 from aiokv.backends.sqlite_maintenance import check
 from aiokv.backends.sqlite_scan import end_of
+from aiokv.extension_wire import Listing, keys_path, shorten_cursor
+from aiokv.server.requests import MAX_LINE_BYTES
+from aiokv.testing.contract.scan import clearing
 
 LAST = chr(sys.maxunicode)
 
@@ -61,13 +65,13 @@ TEXTS = st.text(st.sampled_from(EDGES), min_size=1, max_size=4)
 def test_prefix_lists_counts_and_clears_what_begins_with_it(tmp_path: Path, keys: set[str], prefix: str, limit: int) -> None:
     async def examine() -> None:
         backend = SqliteBackend(tmp_path / "kv.db")
-        while await backend.clear("db"):
+        while (await backend.clear("db")).deleted:
             pass
         await backend.set_many("db", [Entry(key, "v", 60) for key in keys])
         expected = sorted(key for key in keys if key.startswith(prefix))
         assert (await listed(backend, prefix, limit))[0] == expected
         assert await backend.count("db", prefix) == len(expected)
-        assert await backend.clear("db", prefix) == len(expected)
+        assert (await backend.clear("db", prefix)).deleted == len(expected)
         assert (await listed(backend))[0] == sorted(keys - set(expected))
         await backend.aclose()
 
@@ -89,7 +93,7 @@ async def test_long_run_of_expired_entries_is_passed_in_bounded_pages(tmp_path: 
     assert pages <= 21
     assert await backend.count("db") == 1
     assert await backend.count("db", "k") == 0
-    assert await backend.clear("db", "k") == 1000
+    assert (await backend.clear("db", "k")).deleted == 1000
     await backend.aclose()
 
 
@@ -142,7 +146,7 @@ async def test_damaged_keys_end_no_listing(tmp_path: Path) -> None:
     for limit in (1, 64, 1000):
         assert (await listed(backend, limit=limit))[0] == expected
         assert (await listed(backend, "k", limit))[0] == expected
-    assert await backend.clear("db", "k") == 600
+    assert (await backend.clear("db", "k")).deleted == 600
     assert backend.usage("").entries == 0
     await backend.aclose()
 
@@ -159,9 +163,9 @@ async def test_clear_of_large_values_goes_in_several_transactions_and_to_its_end
     for number in range(20):
         await backend.set("a:db", f"k{number}", "x" * 1_900_000, 60)
     commits = backend.gauges().commits or 0
-    assert await backend.clear("a:db", limit=19) == 19
+    assert (await backend.clear("a:db", limit=19)).deleted == 19
     assert (backend.gauges().commits or 0) - commits == 3
-    assert await backend.clear("a:db") == 1
+    assert (await backend.clear("a:db")).deleted == 1
     assert backend.usage("a").entries == 0
     await backend.aclose()
     assert check(tmp_path / "kv.db").problems == ()
@@ -194,4 +198,58 @@ async def test_count_is_that_of_one_moment_in_another_thread(tmp_path: Path, clo
     assert [await backend.count("other"), await backend.count("none")] == [0, 0]
     counted = await asyncio.gather(*(backend.count("db", "a") for _ in range(8)))
     assert counted == [50] * 8
+    await backend.aclose()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(keys=st.sets(TEXTS, max_size=40), prefix=TEXTS | st.just(""), limit=st.sampled_from([1, 2, 7, 1000]))
+def test_clearing_in_steps_deletes_a_prefix_and_nothing_else(tmp_path: Path, keys: set[str], prefix: str, limit: int) -> None:
+    async def run() -> None:
+        backend = SqliteBackend(tmp_path / "kv.db")
+        await backend.clear("db")
+        await backend.set_many("db", [Entry(key, "v", 60) for key in sorted(keys)])
+        steps = [step async for step in clearing(backend, "db", prefix, limit)]
+        assert sum(step.deleted for step in steps) == sum(key.startswith(prefix) for key in keys)
+        assert (await listed(backend))[0] == sorted(key for key in keys if not key.startswith(prefix))
+        await backend.aclose()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("db_name", ["db", "d" * 2_000])
+@pytest.mark.parametrize("prefix", ["", "p" * 4_000])
+@pytest.mark.parametrize("letter", ["k", "é"])
+async def test_longest_keys_are_cleared_by_cursors_that_fit_a_request_line(
+    tmp_path: Path, db_name: str, prefix: str, letter: str
+) -> None:
+    backend = SqliteBackend(tmp_path / "kv.db")
+    room = (8_000 - len(db_name) - len(prefix) - 3) // len(quote(letter))
+    keys = [f"{prefix}{letter * room}{number}" for number in range(5)]
+    await backend.set_many(db_name, [Entry(key, "v", 60) for key in keys])
+    steps = [step async for step in clearing(backend, db_name, prefix, 1)]
+    assert [step.deleted for step in steps] == [1] * 5
+    for step in steps[:-1]:
+        path = keys_path(db_name, Listing(prefix, shorten_cursor(step.cursor or "", prefix), 1_000))
+        assert len(f"DELETE {path} HTTP/1.1") <= MAX_LINE_BYTES
+    await backend.aclose()
+
+
+async def test_keys_that_come_behind_the_last_one_are_left(tmp_path: Path) -> None:
+    backend = SqliteBackend(tmp_path / "kv.db")
+    await backend.set_many("db", [Entry(key, "v", 60) for key in "bdf"])
+    first = await backend.clear("db", "", None, 1)
+    await backend.set_many("db", [Entry(key, "v", 60) for key in "aceg"])
+    second = await backend.clear("db", "", first.cursor)
+    assert (first.deleted, second) == (1, (4, None))
+    assert (await listed(backend))[0] == ["a", "g"]
+    await backend.aclose()
+
+
+@pytest.mark.parametrize("cursor", ["", "k", "5", ".k", "-1.k", "1.", "99999.k", "1e1.k", "0.y", "0.xzz"])
+async def test_cursor_of_no_clearing_is_refused(tmp_path: Path, cursor: str) -> None:
+    backend = SqliteBackend(tmp_path / "kv.db")
+    await backend.set("db", "k", "v", 60)
+    with pytest.raises(ValueError, match="cursor"):
+        await backend.clear("db", "", cursor)
+    assert await backend.count("db") == 1
     await backend.aclose()

@@ -265,7 +265,7 @@ async def test_expiry_is_no_change_and_clearing_is_one_for_each_key(tmp_path: Pa
         while backend.usage("").entries:
             await asyncio.sleep(0.01)
     await backend.set_many("db", [Entry(key, "v", 60) for key in "ab"])
-    assert await backend.clear("db") == 2
+    assert (await backend.clear("db")).deleted == 2
     expected = [Changed("a"), Changed("b"), Changed("a", is_delete=True), Changed("b", is_delete=True)]
     assert await told(watch, 4) == expected
     await backend.aclose()

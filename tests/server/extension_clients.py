@@ -17,7 +17,7 @@ from aiokv.server.access_file import add_key
 LOST, ALIVE = "lost", "alive"
 Seen = Changed | str | None
 
-EXTENSIONS = "batch, scan, claims, watch"
+EXTENSIONS = "batch, scan, claims, renew, watch"
 
 
 def post(db_name: str, body: object, *headers: str) -> bytes:

@@ -113,7 +113,7 @@ async def test_accounts_see_nothing_of_each_other(address: str, alice: str, bob:
             assert content(await client.ask(post(db_name, {"get": ["k"]}, bob))) == {"values": [None]}
             assert content(await client.ask(head("GET", f"/keys/{db_name}", bob)))["keys"] == []
             assert content(await client.ask(head("GET", f"/count/{db_name}", bob))) == {"count": 0}
-            assert content(await client.ask(head("DELETE", f"/keys/{db_name}", bob))) == {"deleted": 0}
+            assert content(await client.ask(head("DELETE", f"/keys/{db_name}", bob))) == {"deleted": 0, "next": None}
             assert content(await client.ask(post(db_name, {"delete": ["k"]}, bob))) == {"done": 1}
         assert content(await client.ask(head("PUT", "/claims/db/job?owner=you&seconds=5", bob)))["held"] is True
         assert await backend.get("alice:db", "k") == "v"
@@ -196,6 +196,7 @@ async def test_claims_are_renewed_at_the_quota_and_refused_far_beyond_it(path: P
         assert (await client.ask(put("/set/db/other", b"v", alice))).status == 507
         assert (await client.ask(head("DELETE", "/claims/db/job-0?owner=me", alice))).status == 200
         assert (await client.ask(head("PUT", "/claims/db/job-1?owner=me&seconds=60", alice))).status == 200
+        assert (await client.ask(head("PUT", "/claims/db/job-1?owner=me&seconds=60&renew=1", alice))).status == 200
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])

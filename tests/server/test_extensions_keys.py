@@ -83,7 +83,7 @@ async def test_a_hostile_prefix_matches_itself_alone(address: str, backend: Memo
     query = f"?prefix={quote(key, safe='')}"
     assert [info["key"] for info in (await listed(address, query))["keys"]] == [f"{key}key"]
     assert content(await ask(address, head("GET", f"/count/db{query}"))) == {"count": 1}
-    assert content(await ask(address, head("DELETE", f"/keys/db{query}"))) == {"deleted": 1}
+    assert content(await ask(address, head("DELETE", f"/keys/db{query}"))) == {"deleted": 1, "next": None}
     assert await backend.get("db", f"{key}key") is None
     assert await backend.count("db") == len(HOSTILE) - 1
 
@@ -91,8 +91,23 @@ async def test_a_hostile_prefix_matches_itself_alone(address: str, backend: Memo
 async def test_a_clear_goes_in_steps(address: str, backend: MemoryBackend) -> None:
     for index in range(25):
         await backend.set("db", str(index), "v", 60)
-    deleted = [content(await ask(address, head("DELETE", "/keys/db?limit=10"))) for _ in range(4)]
-    assert deleted == [{"deleted": 10}, {"deleted": 10}, {"deleted": 5}, {"deleted": 0}]
+    deleted = [content(await ask(address, head("DELETE", "/keys/db?limit=10")))["deleted"] for _ in range(4)]
+    assert deleted == [10, 10, 5, 0]
+
+
+async def test_a_clear_that_goes_on_behind_its_steps_leaves_what_is_set_meanwhile(address: str, backend: MemoryBackend) -> None:
+    for index in range(25):
+        await backend.set("db", f"old {index}", "v", 60)
+    deleted, after = [], ""
+    while True:
+        step = content(await ask(address, head("DELETE", f"/keys/db?limit=10{after}")))
+        deleted.append(step["deleted"])
+        await backend.set("db", f"new {len(deleted)}", "v", 60)
+        if step["next"] is None:
+            break
+        after = f"&after={quote(step['next'], safe='')}"
+    assert deleted == [10, 10, 5]
+    assert sorted(info.key for info in (await backend.scan("db")).infos) == ["new 1", "new 2", "new 3"]
 
 
 @pytest.mark.parametrize(
@@ -170,8 +185,11 @@ async def test_one_owner_holds_a_claim_until_it_is_released_or_ends(address: str
         clock.advance(10)
         assert await claim("me", "7.5") == (200, {"held": True, "seconds_left": 7.5})
         assert await release("me") is True
+        assert await claim("me", "15&renew=1") == (409, {"held": False, "seconds_left": 0.0})
         assert await claim("you") == (200, {"held": True, "seconds_left": 15.0})
-        clock.advance(15)
+        assert await claim("me", "15&renew=1") == (409, {"held": False, "seconds_left": 15.0})
+        assert await claim("you", "20&renew=1") == (200, {"held": True, "seconds_left": 20.0})
+        clock.advance(20)
         assert await release("you") is False
         assert (await claim("me"))[0] == 200
         # A claim is no value.
@@ -188,6 +206,7 @@ async def test_one_owner_holds_a_claim_until_it_is_released_or_ends(address: str
         "?owner=SECRET",
         "?owner=SECRET&seconds=0.5",
         "?owner=SECRET&seconds=3601",
+        "?owner=SECRET&seconds=5&renew=2",
         "?owner=",
     ],
 )

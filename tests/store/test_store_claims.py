@@ -41,6 +41,13 @@ class ClaimingBackend(MemoryBackend):
             await self.answer_gate.wait()
         return outcome
 
+    async def renew(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        await self._pass("renew")
+        outcome = await super().renew(db_name, key, owner, seconds)
+        if self.answer_gate is not None:
+            await self.answer_gate.wait()
+        return outcome
+
     async def release(self, db_name: str, key: str, owner: str) -> bool:
         await self._pass("release")
         return await super().release(db_name, key, owner)
@@ -175,6 +182,62 @@ async def test_renewal_that_is_answered_behind_the_end_of_the_claim_does_not_bri
         backend.answer_gate.set()
         await asyncio.sleep(0.05)
         assert not claim.is_held
+
+
+@pytest.mark.slow
+async def test_claim_is_not_renewed_once_its_store_is_closed(url: str) -> None:
+    store = AsyncKVStore("db", url=url)
+    async with store.claim("k", 1) as claim:
+        assert claim.is_held
+        await store.aclose()
+        async with AsyncKVStore("db", url=url) as other, asyncio.timeout(10):
+            while True:
+                async with other.claim("k", 1) as next_claim:
+                    if next_claim.is_held:
+                        break
+                await asyncio.sleep(0.05)
+        assert not claim.is_held
+
+
+async def test_claim_that_is_granted_while_its_store_closes_is_not_renewed(
+    store: AsyncKVStore, backend: ClaimingBackend
+) -> None:
+    backend.answer_gate = asyncio.Event()
+    entering = asyncio.create_task(store.claim("k", 1).__aenter__())
+    await asyncio.sleep(0)
+    await store.aclose()
+    backend.answer_gate.set()
+    claim = await entering
+    assert claim.is_held
+    await asyncio.sleep(0.5)
+    assert backend.calls == ["claim"]
+    await claim.__aexit__()
+
+
+async def test_claims_of_other_stores_are_renewed_though_one_store_is_closed(backend: ClaimingBackend) -> None:
+    store, other = (AsyncKVStore("db", backend=backend) for _ in range(2))
+    async with store.claim("k", 1) as claim, asyncio.timeout(10):
+        await other.aclose()
+        while "renew" not in backend.calls:
+            await asyncio.sleep(0.02)
+        assert claim.is_held
+
+
+async def test_renewal_that_arrives_behind_the_release_takes_nothing(store: AsyncKVStore, backend: ClaimingBackend) -> None:
+    renewals: list[tuple[str, str, str, float]] = []
+
+    async def hold_back(db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        renewals.append((db_name, key, owner, seconds))
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    backend.renew = hold_back  # type: ignore[method-assign]
+    async with store.claim("k", 1), asyncio.timeout(10):
+        while not renewals:
+            await asyncio.sleep(0.02)
+    # The network delivers it now.
+    assert not (await MemoryBackend.renew(backend, *renewals[0])).is_held
+    async with store.claim("k") as claim:
+        assert claim.is_held
 
 
 async def test_error_of_the_store_is_raised_before_the_block(store: AsyncKVStore, backend: ClaimingBackend) -> None:

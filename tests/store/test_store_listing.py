@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aiokv import AsyncKVStore, Event, KeyInfo, StorageError, UnsupportedError
-from aiokv.backends.capabilities import Page
+from aiokv.backends.capabilities import Cleared, Page
 from aiokv.backends.memory import MemoryBackend
 from aiokv.errors import CallError
 
@@ -167,16 +167,32 @@ async def test_clearing_goes_on_until_a_step_finds_less_than_it_may_delete(able:
     assert await able.count() == 0
 
 
+@pytest.mark.parametrize("new", ["after {}", "before {}"])
+async def test_clearing_ends_beside_a_writer_that_is_faster(able: AsyncKVStore, new: str) -> None:
+    await able.set_many({f"k{i}": "v" for i in range(3_000)})
+    async with asyncio.timeout(15):
+        clearing = asyncio.create_task(able.clear())
+        written = 0
+        while not clearing.done():
+            await able.set_many({new.format(written + i): "v" for i in range(1_000)})
+            written += 1_000
+            # Memory takes it at once.
+            await asyncio.sleep(0)
+        deleted = await clearing
+    assert deleted >= 3_000
+    assert await listed(able, "k") == []
+
+
 @pytest.mark.parametrize(("failing_step", "maybe_applied"), [(1, False), (2, True)])
 async def test_clearing_that_fails_says_whether_entries_may_be_gone(*, failing_step: int, maybe_applied: bool) -> None:
     class Failing(MemoryBackend):
         steps = 0
 
-        async def clear(self, db_name: str, prefix: str = "", limit: int = 1_000) -> int:
+        async def clear(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = 1_000) -> Cleared:
             self.steps += 1
             if self.steps == failing_step:
                 raise StorageError("broken")
-            return await super().clear(db_name, prefix, limit)
+            return await super().clear(db_name, prefix, cursor, limit)
 
     store = AsyncKVStore("db", backend=Failing())
     await store.set_many({f"k{i}": "v" for i in range(1_500)})

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import copy
+import re
 from collections.abc import Awaitable, Callable
 from typing import Generic, Self, TypeVar
 
 from yarl import URL
 
-from aiokv.backends.capabilities import MAX_BATCH_KEYS, Capabilities, ClaimOutcome, Page
+from aiokv.backends.capabilities import MAX_BATCH_KEYS, Capabilities, ClaimOutcome, Cleared, Page
 from aiokv.backends.http.batches import Batches
 from aiokv.backends.http.batching import GetGroups, Group, close_groups
 from aiokv.backends.http.calls import Call
@@ -20,18 +21,17 @@ from aiokv.backends.http.stream import Stream
 from aiokv.backends.http.transport import Answer, Timeouts
 from aiokv.backends.http.watching import Watches
 from aiokv.backends.watching import Watch
-from aiokv.errors import CallError, RejectedError, ResponseError, UnsupportedError
+from aiokv.claim_wire import claim_path, parse_claim, parse_released
+from aiokv.errors import CallError, RejectedError, ResponseError, TransportError, UnsupportedError
 from aiokv.event_wire import EVENT_STREAM, LAST_EVENT_ID
 from aiokv.extension_wire import (
     MAX_EXTENSION_ANSWER_BYTES,
     Listing,
-    claim_path,
     count_path,
     keys_path,
-    parse_claim,
-    parse_number,
+    parse_cleared,
+    parse_count,
     parse_page,
-    parse_released,
     watch_path,
 )
 from aiokv.wire import TRANSIENT_STATUSES
@@ -43,6 +43,9 @@ _BAD_REQUEST = 400
 _UNAUTHORIZED = 401
 _CONFLICT = 409
 _SERVER_ERRORS = 500
+# A step of clearing by a server that gives no cursors, and how many entries the steps may still delete.
+_UNGUIDED = re.compile(r"unguided:([0-9]{1,30})")
+_MAX_UNGUIDED_STEPS = 100
 
 
 class RemoteBackend(Batches):
@@ -131,14 +134,8 @@ class RemoteBackend(Batches):
         """List keys; see `ScanBackend.scan`."""
         listing = Listing(prefix, cursor, limit)
         url = self.extension_url(keys_path(db_name, listing))
-        try:
-            page, is_ordered = await self._ask(
-                _ExtensionCall("scan", "scan", db_name, prefix, "GET", url, lambda answer: parse_page(answer.body, listing))
-            )
-        except RejectedError as error:
-            if cursor is None or error.status != _BAD_REQUEST:
-                raise
-            raise ValueError(f"cursor must be that of the page before, of the same store: {error.reason}") from error
+        call = _ExtensionCall("scan", "scan", db_name, prefix, "GET", url, lambda answer: parse_page(answer.body, listing))
+        page, is_ordered = await self._ask_with_cursor(call, cursor)
         self.extensions.scans_in_order = is_ordered
         return page
 
@@ -146,28 +143,46 @@ class RemoteBackend(Batches):
         """Count entries; see `ScanBackend.count`."""
         url = self.extension_url(count_path(db_name, prefix))
         return await self._ask(
-            _ExtensionCall("scan", "count", db_name, prefix, "GET", url, lambda answer: parse_number(answer.body, "count"))
+            _ExtensionCall("scan", "count", db_name, prefix, "GET", url, lambda answer: parse_count(answer.body))
         )
 
-    async def clear(self, db_name: str, prefix: str = "", limit: int = MAX_BATCH_KEYS) -> int:
+    async def clear(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Cleared:
         """Delete some entries; see `ScanBackend.clear`: of an attempt whose answer was lost, what it deleted is not counted."""
-        url = self.extension_url(keys_path(db_name, Listing(prefix, None, limit)))
-        return await self._ask(
-            _ExtensionCall(
-                "scan", "clear", db_name, prefix, "DELETE", url, lambda answer: parse_number(answer.body, "deleted", limit)
-            )
+        unguided = _UNGUIDED.fullmatch(cursor or "")
+        listing = Listing(prefix, None if unguided else cursor, limit)
+        url = self.extension_url(keys_path(db_name, listing))
+        call = _ExtensionCall(
+            "scan", "clear", db_name, prefix, "DELETE", url, lambda answer: parse_cleared(answer.body, listing)
         )
+        cleared = await self._ask_with_cursor(call, cursor)
+        if isinstance(cleared, Cleared):
+            return cleared
+        if cleared < limit:
+            return Cleared(cleared, None)
+        # Such a server may say for ever that there is more. Expired entries are deleted and not counted.
+        left = int(unguided[1]) if unguided else 2 * await self.count(db_name, prefix) + _MAX_UNGUIDED_STEPS * limit
+        if left < limit:
+            reason = "the server says that it has deleted far more entries than it had: others write as fast, or it is at fault"
+            raise self._named(TransportError(reason, maybe_applied=True, transient=False), call)
+        return Cleared(cleared, f"unguided:{left - limit}")
 
     async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
         """Take or renew a claim; see `ClaimBackend.claim`."""
-        url = self.extension_url(claim_path(db_name, key, owner, seconds))
-        return await self._ask(
-            _ExtensionCall(
-                *("claims", "claim", db_name, key, "PUT", url),
-                lambda answer: parse_claim(answer.body, is_held=answer.status == _OK),
-                owner,
-            )
-        )
+        return await self._ask(self._claim_call(db_name, key, owner, seconds))
+
+    async def renew(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        """Renew a claim; see `ClaimBackend.renew`. A server that does not know renewals takes the claim where it is free."""
+        call = self._claim_call(db_name, key, owner, seconds, is_renewal=True)
+        if not self.extensions.is_known:
+            await self._make_sure(call, self.loop.time())
+        if self.extensions.has("renew"):
+            try:
+                return await self._ask(call)
+            except RejectedError as error:
+                # Another server, without it, has taken the place of the one that has named it.
+                if error.status != _BAD_REQUEST or self.extensions.has("renew"):
+                    raise
+        return await self.claim(db_name, key, owner, seconds)
 
     async def release(self, db_name: str, key: str, owner: str) -> bool:
         """Give a claim back; see `ClaimBackend.release`: False, too, where an attempt whose answer was lost gave it back."""
@@ -253,6 +268,24 @@ class RemoteBackend(Batches):
             raise self._refused_call(call, answer, header)
         if answer.headers.get("Content-Type", "").partition(";")[0].strip().lower() != EVENT_STREAM:
             raise ResponseError(f"the answer is no {EVENT_STREAM}", status=_OK)
+
+    def _claim_call(
+        self, db_name: str, key: str, owner: str, seconds: float, *, is_renewal: bool = False
+    ) -> "_ExtensionCall[ClaimOutcome]":
+        url = self.extension_url(claim_path(db_name, key, owner, seconds, is_renewal=is_renewal))
+        return _ExtensionCall(
+            *("claims", "claim", db_name, key, "PUT", url),
+            lambda answer: parse_claim(answer.body, is_held=answer.status == _OK),
+            owner,
+        )
+
+    async def _ask_with_cursor(self, call: "_ExtensionCall[T]", cursor: str | None) -> T:
+        try:
+            return await self._ask(call)
+        except RejectedError as error:
+            if cursor is None or error.status != _BAD_REQUEST:
+                raise
+            raise ValueError(f"cursor must be that of the page before, or of the step before: {error.reason}") from error
 
     async def _ask(self, call: "_ExtensionCall[T]") -> T:
         started = self.loop.time()

@@ -6,12 +6,20 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
 
-from aiokv.backends.capabilities import MAX_BATCH_BYTES, MAX_BATCH_KEYS, OMITTED, ClaimOutcome, Entry, Omitted, Page
+from aiokv.backends.capabilities import (
+    MAX_BATCH_BYTES,
+    MAX_BATCH_KEYS,
+    OMITTED,
+    ClaimOutcome,
+    Cleared,
+    Entry,
+    Omitted,
+    Page,
+)
 from aiokv.backends.http.options import Credentials
 from aiokv.backends.http.retry import RetryPolicy
 from aiokv.backends.http.write_order import WriteOrder
 from aiokv.backends.redis.calls import Caller, Command, Durability
-from aiokv.backends.redis.errors import NO_CLUSTER
 from aiokv.backends.redis.names import PROBE, claim_key, entry_key
 from aiokv.backends.redis.nodes import ConnectionSettings, NodeError, pack
 from aiokv.backends.redis.options import REPLICATED, RedisOptions
@@ -35,6 +43,15 @@ else
   return {0, redis.call('PTTL', KEYS[1])}
 end
 return {1, tonumber(ARGV[2])}"""
+_RENEW: Final = b"""local owner = redis.call('GET', KEYS[1])
+if owner == ARGV[1] then
+  redis.call('PEXPIRE', KEYS[1], ARGV[2])
+  return {1, tonumber(ARGV[2])}
+elseif owner then
+  return {0, redis.call('PTTL', KEYS[1])}
+end
+return {2, 0}"""
+_HELD, _FREE = 1, 2
 _RELEASE: Final = b"""if redis.call('GET', KEYS[1]) == ARGV[1] then
   return redis.call('UNLINK', KEYS[1])
 end
@@ -81,8 +98,6 @@ class RedisBackend:
         self._caller = Caller(self._topology)
         self._order = WriteOrder()
         self._watcher = Watcher(self._topology, str(url))
-        # Where the last step of each clearing has ended.
-        self._clearing: dict[tuple[str, str], str | None] = {}
 
     def with_options(self, policy: RetryPolicy, options: RedisOptions) -> Self:
         """Return a backend with other options that shares this one's connections and order of writes.
@@ -153,25 +168,17 @@ class RedisBackend:
         """Count entries, which looks at every key of the servers; see `ScanBackend.count`."""
         return await self._scanner(db_name, prefix).count()
 
-    async def clear(self, db_name: str, prefix: str = "", limit: int = MAX_BATCH_KEYS) -> int:
-        """Delete some entries; see `ScanBackend.clear`. The last step looks at every key of the servers."""
-        place = (db_name, prefix)
-        scanner = self._scanner(db_name, prefix)
-        deleted, cursor = await scanner.clear(self._clearing.pop(place, None), limit)
-        if cursor is not None:
-            self._clearing[place] = cursor
-            while len(self._clearing) > MAX_BATCH_KEYS:
-                del self._clearing[next(iter(self._clearing))]
-        return deleted
+    async def clear(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Cleared:
+        """Delete some entries; see `ScanBackend.clear`. The steps together look once at every key of the servers."""
+        return await self._scanner(db_name, prefix).clear(cursor, limit)
 
     async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
         """Take or renew a claim; see `ClaimBackend.claim`. A failover can lose it: see the documentation."""
-        milliseconds = b"%d" % max(1, round(seconds * 1000))
-        wire_key = claim_key(db_name, key)
-        packed = pack(b"EVAL", _CLAIM, b"1", wire_key, owner.encode(), milliseconds)
-        command = Command("claim", db_name, key, slot_of(wire_key), packed, write=True)
-        is_held, left = await self._caller.run_one(command, self._policy, self._durability)
-        return ClaimOutcome(bool(is_held), max(int(left), 1) / 1000)
+        return await self._claim(_CLAIM, db_name, key, owner, seconds)
+
+    async def renew(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        """Renew a claim; see `ClaimBackend.renew`."""
+        return await self._claim(_RENEW, db_name, key, owner, seconds)
 
     async def release(self, db_name: str, key: str, owner: str) -> bool:
         """Give a claim back; see `ClaimBackend.release`."""
@@ -192,8 +199,8 @@ class RedisBackend:
         """Set a key on every primary, and on the replicas that a write needs; see `CheckedBackend.health`."""
         await self._topology.refresh()
         shards = self._topology.shards()
-        if not shards and self._topology.is_no_cluster:
-            return NO_CLUSTER.reason
+        if not shards and self._topology.refusal is not None:
+            return self._topology.refusal.reason
         if not shards:
             return "no server that the URL names answers"
         uncovered = self._topology.uncovered()
@@ -234,6 +241,14 @@ class RedisBackend:
             return [result if isinstance(result, CallError) else None for result in results]
         finally:
             self._order.leave(turn)
+
+    async def _claim(self, script: bytes, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
+        milliseconds = b"%d" % max(1, round(seconds * 1000))
+        wire_key = claim_key(db_name, key)
+        packed = pack(b"EVAL", script, b"1", wire_key, owner.encode(), milliseconds)
+        command = Command("claim", db_name, key, slot_of(wire_key), packed, write=True)
+        holds, left = await self._caller.run_one(command, self._policy, self._durability)
+        return ClaimOutcome(holds == _HELD, 0.0 if holds == _FREE else max(int(left), 1) / 1000)
 
     def _scanner(self, db_name: str, prefix: str) -> Scanner:
         return Scanner(self._caller, self._topology, self._policy, self._durability, db_name, prefix)

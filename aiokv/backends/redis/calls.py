@@ -10,7 +10,7 @@ import redis.exceptions as theirs
 from aiokv import telemetry
 from aiokv.backends.base import is_patient
 from aiokv.backends.http.retry import RetryPolicy, has_backoff
-from aiokv.backends.redis.errors import CONNECTING, NO_CLUSTER, UNCOPIED, Meaning, call_error, meaning_of, unreached
+from aiokv.backends.redis.errors import CONNECTING, UNCOPIED, Meaning, call_error, meaning_of, unreached
 from aiokv.backends.redis.nodes import Node, NodeError, pack
 from aiokv.backends.redis.topology import Topology, named_address
 from aiokv.backends.redis.urls import CLUSTER
@@ -289,8 +289,8 @@ class _Run:
     def _nowhere(self) -> CallError:
         if self._topology.is_known:
             return UnavailableError("no server of the cluster is the primary of the key now", transient=True)
-        if self._topology.is_no_cluster:
-            return call_error(theirs.ResponseError(), NO_CLUSTER, write=False)
+        if self._topology.refusal is not None:
+            return call_error(theirs.ResponseError(), self._topology.refusal, write=False)
         return ConnectError("no server that the URL names has told who the primary is; nothing was sent")
 
     async def _send(self, node: Node, indices: Sequence[int], failures: dict[int, _Failure], *, asking: bool) -> None:

@@ -127,6 +127,8 @@ _BY_CODE: Final[dict[str, Meaning]] = {
     "FAILOVER": _DOWN,
 }
 _CODE = re.compile(r"[A-Z]{2,20}(?= |$)")
+# What a server says that is none of a cluster's nodes.
+_NO_CLUSTER: Final = "cluster support disabled"
 
 CONNECTING: Final = frozenset({_LOST, _LATE, _UNREACHED})
 """What is said where a server was not reached, or lost."""
@@ -155,6 +157,21 @@ def meaning_of(error: BaseException, *, was_sent: bool) -> Meaning:
     if not was_sent and meaning in {_LOST, _LATE}:
         return _UNREACHED
     return meaning
+
+
+def refusal_of(error: BaseException) -> Meaning | None:
+    """Return what a server says that will not tell who the primaries are, however often it is asked.
+
+    Args:
+        error: Its answer, or why no connection was made.
+
+    Returns:
+        The meaning: user or password are wrong, the user may not ask, or the server is no cluster. None of any other error.
+    """
+    if _NO_CLUSTER in str(error):
+        return NO_CLUSTER
+    meaning = meaning_of(error, was_sent=False)
+    return meaning if meaning in {_LOGIN, _FORBIDDEN} else None
 
 
 def call_error(error: BaseException, meaning: Meaning, *, write: bool) -> CallError:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Self
 
-from aiokv.backends.capabilities import MAX_BATCH_KEYS, KeyInfo, Page
+from aiokv.backends.capabilities import MAX_BATCH_KEYS, Cleared, KeyInfo, Page
 from aiokv.backends.http.retry import RetryPolicy
 from aiokv.backends.redis.calls import Caller, Command, Durability
 from aiokv.backends.redis.names import entry_key, entry_prefix, pattern_of
@@ -21,6 +21,8 @@ _STEPS: Final = 16
 _RUN_ID_CHARS: Final = 12
 _HASH_CHARS: Final = 8
 _CURSOR = re.compile(r"([0-9]{1,5})\.([0-9a-f]{0,12})\.([0-9]{1,20})(?:\.([A-Za-z0-9_-]*))?")
+_CLEARING_CURSOR = re.compile(r"([0-9]{1,12})/(.*)")
+_MAX_SCANNED: Final = 2**64 - 1
 
 
 class _Place(NamedTuple):
@@ -44,7 +46,7 @@ class _Place(NamedTuple):
         if cursor is None:
             return cls()
         found = _CURSOR.fullmatch(cursor)
-        if found is None or int(found[1]) > SLOTS:
+        if found is None or int(found[1]) >= SLOTS or int(found[3]) > _MAX_SCANNED:
             raise ValueError("cursor is not one of a listing of this store; begin with cursor=None")
         seen = found[4] or ""
         return cls(
@@ -125,7 +127,7 @@ class Scanner:
             step = await self._step(place, 1 if is_narrow else max(1, (limit - len(infos)) * 3 // 4))
             if step.run_id != place.run_id and place.scanned:
                 # The order of the keys is another one since the server was started anew, or has failed over.
-                place = _Place(step.first_slot)
+                place = _Place(step.first_slot, step.run_id)
                 continue
             keys = [key for key in dict.fromkeys(step.keys) if not place.seen or _hash(key) not in place.seen]
             room = limit - len(infos)
@@ -155,46 +157,50 @@ class Scanner:
         await self._find_servers()
         return sum(await asyncio.gather(*(self._count(shard.first_slot) for shard in self._topology.shards())))
 
-    async def clear(self, cursor: str | None, limit: int) -> tuple[int, str | None]:
-        """Delete some keys.
+    async def clear(self, cursor: str | None, limit: int) -> Cleared:
+        """Delete some keys, in one pass over the servers.
 
         Args:
-            cursor: Where the last call has ended, or None.
-            limit: How many to delete at most.
+            cursor: As for `ScanBackend.clear`.
+            limit: As for `ScanBackend.clear`.
 
         Returns:
-            How many were deleted, and where the next call should begin: None where none is left.
+            How many were deleted, and where the next step begins.
 
         Raises:
+            ValueError: The cursor is of another form.
             CallError: A server could not be asked, or a key not be deleted.
         """
-        place: _Place | None = _Place.parse(cursor)
-        # What begins in the middle has to go through all once more before it can say that none is left.
-        passes = 2 if cursor is not None else 1
-        deleted = 0
-        while True:
-            if place is None:
-                passes -= 1
-                if not passes:
-                    return deleted, None
-                place = _Place()
-            step = await self._step(place, MAX_BATCH_KEYS)
+        number, place_text = 0, None
+        if cursor is not None:
+            found = _CLEARING_CURSOR.fullmatch(cursor)
+            number, place_text = (0, "") if found is None else (int(found[1]), found[2])
+        place: _Place | None = _Place.parse(place_text)
+        deleted, count = 0, limit
+        while place is not None:
+            step = await self._step(place, count)
             if step.run_id != place.run_id and place.scanned:
-                place = _Place(step.first_slot)
+                place = _Place(step.first_slot, step.run_id)
+                continue
+            if len(step.keys) > limit and count > 1:
+                # Every call must get further, however fast others set keys in the same part of the table.
+                count = max(1, count // 8)
                 continue
             keys = step.keys[: limit - deleted]
             deleted += await self._delete(keys)
-            if deleted >= limit:
-                return deleted, str(place)
             if len(keys) == len(step.keys):
-                place = self._after(step)
+                place, count = self._after(step), limit
+            if deleted >= limit:
+                break
+        # Numbered, since the place may be that of the step before.
+        return Cleared(deleted, None if place is None else f"{number + 1}/{place}")
 
     async def _count(self, first_slot: int) -> int:
         place, count = _Place(first_slot), 0
         while True:
             step = await self._step(place, MAX_BATCH_KEYS)
             if step.run_id != place.run_id and place.scanned:
-                place, count = _Place(step.first_slot), 0
+                place, count = _Place(step.first_slot, step.run_id), 0
                 continue
             count += len(set(step.keys))
             if not step.scanned:

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import redis.exceptions as theirs
 
+from aiokv.backends.redis.errors import Meaning, refusal_of
 from aiokv.backends.redis.nodes import ConnectionSettings, Node, NodeError, Outage, pack
 from aiokv.backends.redis.urls import CLUSTER, SENTINEL, SINGLE, Address, RedisUrl, login_of_environment
 
@@ -19,8 +20,6 @@ _MOST_ASKED: Final = 6
 # A look at the cluster is good for so long: hundreds of calls that fail at once ask once.
 _MIN_SECONDS_BETWEEN: Final = 0.1
 _SENTINEL_CONNECTIONS: Final = 4
-# What a server says that is none of a cluster's nodes.
-_NO_CLUSTER: Final = "cluster support disabled"
 
 
 class Shard(NamedTuple):
@@ -68,8 +67,8 @@ class Topology:
         """Grows with every change of the primaries."""
         self.outage = Outage()
         """Lasts while nobody tells who the primaries are."""
-        self.is_no_cluster = False
-        """Whether a server that the URL calls a cluster is none, and no other one answers."""
+        self.refusal: Meaning | None = None
+        """Why a server will not tell who the primaries are, and never will; None where another one tells, or may later."""
         self._url = url
         self._settings = settings
         self._max_connections = max_connections
@@ -217,8 +216,7 @@ class Topology:
             asked = [self._node(address) for address in self._url.hosts[:_MOST_ASKED]]
         found = await _ask_all([_view_of(node) for node in dict.fromkeys(asked)])
         views = [view for view in found if isinstance(view, _View)]
-        self.is_no_cluster = not views and _NO_CLUSTER in found
-        self._note(is_found=bool(views))
+        self._note(found, is_found=bool(views))
         if not views:
             return
         best = max(views, key=lambda view: (view.is_ok, view.epoch))
@@ -228,7 +226,9 @@ class Topology:
         self._epoch = best.epoch
         await self._take_view(best)
 
-    def _note(self, *, is_found: bool) -> None:
+    def _note(self, found: Sequence[object], *, is_found: bool) -> None:
+        refusals = [answer for answer in found if isinstance(answer, Meaning)]
+        self.refusal = refusals[0] if refusals and not is_found else None
         if is_found:
             self.outage.ended()
         else:
@@ -255,16 +255,22 @@ class Topology:
     async def _refresh_sentinels(self) -> None:
         question = pack(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._url.service.encode())
 
-        async def ask(sentinel: Node) -> Address | None:
-            with contextlib.suppress(NodeError, ValueError):
-                (reply,) = await sentinel.ask(question, 1, _ASK_SECONDS)
+        async def ask(sentinel: Node) -> Address | Meaning | None:
+            with contextlib.suppress(ValueError):
+                try:
+                    (reply,) = await sentinel.ask(question, 1, _ASK_SECONDS)
+                except NodeError as error:
+                    return refusal_of(error.cause)
+                if isinstance(reply, Exception):
+                    return refusal_of(reply)
                 if isinstance(reply, list):
                     host, port = reply
                     return host.decode(), int(port)
             return None
 
-        answers = Counter(address for address in await _ask_all([ask(node) for node in self._sentinels]) if address)
-        self._note(is_found=bool(answers))
+        found = await _ask_all([ask(node) for node in self._sentinels])
+        answers = Counter(answer for answer in found if answer is not None and not isinstance(answer, Meaning))
+        self._note(found, is_found=bool(answers))
         if not answers:
             return
         # A sentinel that was cut off from the others names the old primary.
@@ -293,11 +299,12 @@ async def _ask_all(questions: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     return list(await asyncio.gather(*questions))
 
 
-async def _view_of(node: Node) -> _View | str | None:
+async def _view_of(node: Node) -> _View | Meaning | None:
     try:
         slots, info = await node.ask(pack(b"CLUSTER", b"SLOTS") + pack(b"CLUSTER", b"INFO"), 2, _ASK_SECONDS)
-        if isinstance(slots, Exception) or isinstance(info, Exception):
-            return _NO_CLUSTER if _NO_CLUSTER in str(slots) else None
+        refused = next((reply for reply in (slots, info) if isinstance(reply, Exception)), None)
+        if refused is not None:
+            return refusal_of(refused)
         facts = dict(line.split(":", 1) for line in _text(info).splitlines() if ":" in line)
         ranges = [
             (int(first), int(last), [_address(entry, node) for entry in servers])
@@ -305,7 +312,9 @@ async def _view_of(node: Node) -> _View | str | None:
             # A primary whose host is not known yet cannot be asked.
             if _text(servers[0][0] or b"") != "?"
         ]
-    except (NodeError, ValueError, TypeError, IndexError):
+    except NodeError as error:
+        return refusal_of(error.cause)
+    except (ValueError, TypeError, IndexError):
         return None
     return _View(facts.get("cluster_state") == "ok", int(facts.get("cluster_current_epoch", 0)), ranges) if ranges else None
 

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import redis.exceptions as theirs
 from redis.asyncio.connection import AbstractConnection
 
-from aiokv.backends.redis.errors import NO_CLUSTER, call_error, meaning_of
+from aiokv.backends.redis.errors import call_error, meaning_of
 from aiokv.backends.redis.names import entry_prefix
 from aiokv.backends.redis.nodes import Node, NodeError, drop, pack
 from aiokv.backends.redis.topology import Topology
@@ -153,8 +153,8 @@ class _Session:
             await self._topology.refresh()
         self._version = self._topology.version
         nodes = [shard.node for shard in self._topology.shards()]
-        if not nodes and self._topology.is_no_cluster:
-            raise call_error(theirs.ResponseError(), NO_CLUSTER, write=False)
+        if not nodes and self._topology.refusal is not None:
+            raise call_error(theirs.ResponseError(), self._topology.refusal, write=False)
         if not nodes or self._topology.uncovered():
             raise _EndedError("nobody tells of a primary" if not nodes else "the cluster has slots without a primary")
         links = await asyncio.gather(*(_Link.open(node, self._take) for node in nodes), return_exceptions=True)

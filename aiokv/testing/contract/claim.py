@@ -56,6 +56,45 @@ class ClaimContract(ContractSuite):
         await passing.wait(1)
         assert (await claims.claim("db", "k", "you", 30)).is_held
 
+    async def test_owner_renews_what_it_holds_and_nothing_else(self, claims: ClaimBackend, passing: Passing) -> None:
+        await claims.claim("db", "k", "me", passing.life_seconds)
+        await passing.wait(0.5)
+        outcome = await claims.renew("db", "k", "me", passing.life_seconds * 2)
+        assert (outcome.is_held, outcome.is_new) == (True, False)
+        assert passing.life_seconds < outcome.seconds_left <= passing.life_seconds * 2
+        await passing.wait(0.75)
+        assert not (await claims.claim("db", "k", "you", 30)).is_held
+
+    async def test_renewal_behind_the_release_takes_nothing(self, claims: ClaimBackend) -> None:
+        await claims.claim("db", "k", "me", 30)
+        await claims.release("db", "k", "me")
+        assert await claims.renew("db", "k", "me", 30) == (False, 0.0, False)
+        assert (await claims.claim("db", "k", "you", 30)).is_held
+
+    async def test_renewal_behind_the_end_takes_nothing(self, claims: ClaimBackend, passing: Passing) -> None:
+        await claims.claim("db", "k", "me", passing.life_seconds)
+        await passing.wait(1)
+        assert await claims.renew("db", "k", "me", 30) == (False, 0.0, False)
+        assert (await claims.claim("db", "k", "you", 30)).is_held
+
+    async def test_renewal_of_what_nobody_has_claimed_takes_nothing(self, claims: ClaimBackend) -> None:
+        assert await claims.renew("db", "k", "me", 30) == (False, 0.0, False)
+        assert (await claims.claim("db", "k", "you", 30)).is_held
+
+    async def test_renewal_by_another_leaves_the_claim_as_it_is(self, claims: ClaimBackend) -> None:
+        await claims.claim("db", "k", "me", 30)
+        outcome = await claims.renew("db", "k", "you", 3600)
+        assert not outcome.is_held
+        assert 20 < outcome.seconds_left <= 30
+        assert (await claims.claim("db", "k", "third", 30)).seconds_left <= 30
+        assert await claims.release("db", "k", "me")
+
+    async def test_owner_may_shorten_its_claim_by_a_renewal(self, claims: ClaimBackend, passing: Passing) -> None:
+        await claims.claim("db", "k", "me", MAX_CLAIM_SECONDS)
+        assert (await claims.renew("db", "k", "me", passing.life_seconds)).is_held
+        await passing.wait(1)
+        assert (await claims.claim("db", "k", "you", 30)).is_held
+
     async def test_released_claim_is_free_at_once(self, claims: ClaimBackend) -> None:
         await claims.claim("db", "k", "me", 30)
         assert await claims.release("db", "k", "me")
@@ -123,7 +162,7 @@ class ClaimContract(ContractSuite):
         await backend.set("db", "k", "v", 60)
         assert [info.key for info in (await scan.scan("db")).infos] == ["k"]
         assert await scan.count("db") == 1
-        assert await scan.clear("db") == 1
+        assert (await scan.clear("db")).deleted == 1
         assert not (await claims.claim("db", "claimed", "you", 30)).is_held
 
     async def test_odd_keys_and_other_namespaces_have_claims_of_their_own(self, claims: ClaimBackend) -> None:

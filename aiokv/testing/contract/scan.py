@@ -1,6 +1,7 @@
 """What a backend promises that lists its keys."""
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -9,7 +10,7 @@ from typing import Final
 import pytest
 
 from aiokv.backends.base import Backend
-from aiokv.backends.capabilities import MAX_BATCH_KEYS, KeyInfo, ScanBackend, capabilities_of
+from aiokv.backends.capabilities import MAX_BATCH_KEYS, Cleared, KeyInfo, ScanBackend, capabilities_of
 from aiokv.testing.contract.suite import ODD_KEYS, ContractSuite, Passing
 
 _PREFIXES: Final = [
@@ -71,6 +72,27 @@ async def listed(scan: ScanBackend, db_name: str, prefix: str = "", limit: int =
     return [info async for page in pages(scan, db_name, prefix, limit) for info in page]
 
 
+async def clearing(scan: ScanBackend, db_name: str, prefix: str, limit: int) -> AsyncIterator[Cleared]:
+    """Clear a prefix step by step.
+
+    Args:
+        scan: The capability.
+        db_name: The namespace.
+        prefix: What the keys begin with.
+        limit: Most entries of a step.
+
+    Yields:
+        Each step.
+    """
+    cursor: str | None = None
+    while True:
+        step = await scan.clear(db_name, prefix, cursor, limit)
+        yield step
+        if step.cursor is None:
+            return
+        cursor = step.cursor
+
+
 async def fill(backend: Backend, db_name: str, keys: list[str]) -> None:
     """Store an entry for each key.
 
@@ -95,7 +117,7 @@ class ScanContract(ContractSuite):
 
     async def test_listing_of_an_empty_namespace_is_empty(self, scan: ScanBackend) -> None:
         assert await listed(scan, "db") == []
-        assert (await scan.count("db"), await scan.clear("db")) == (0, 0)
+        assert (await scan.count("db"), await scan.clear("db")) == (0, (0, None))
 
     async def test_listing_has_size_and_expiry_of_each_entry(self, backend: Backend, scan: ScanBackend) -> None:
         await backend.set("db", "one", "é😀", 100)
@@ -135,7 +157,7 @@ class ScanContract(ContractSuite):
         expected = sorted(key for key in keys if key.startswith(prefix))
         assert sorted(info.key for info in await listed(scan, "db", prefix, limit=2)) == expected
         assert await scan.count("db", prefix) == len(expected)
-        assert await scan.clear("db", prefix) == len(expected)
+        assert await scan.clear("db", prefix) == (len(expected), None)
         assert sorted(info.key for info in await listed(scan, "db")) == sorted(set(keys) - set(expected))
 
     async def test_other_namespaces_are_neither_listed_nor_cleared(self, backend: Backend, scan: ScanBackend) -> None:
@@ -145,7 +167,7 @@ class ScanContract(ContractSuite):
         for db_name in names:
             assert [info.key for info in await listed(scan, db_name)] == [f"key of {db_name}"]
             assert await scan.count(db_name) == 1
-        assert await scan.clear("o%") == 1
+        assert await scan.clear("o%") == (1, None)
         assert [await scan.count(db_name) for db_name in names] == [1, 1, 1, 1, 1, 0, 1]
 
     async def test_expired_entries_are_neither_listed_nor_counted(
@@ -221,7 +243,7 @@ class ScanContract(ContractSuite):
     async def test_clear_deletes_up_to_its_limit_and_says_how_many(self, backend: Backend, scan: ScanBackend) -> None:
         keys = [f"k{i}" for i in range(25)]
         await fill(backend, "db", keys)
-        assert [await scan.clear("db", limit=10) for _ in range(4)] == [10, 10, 5, 0]
+        assert [(await scan.clear("db", limit=10)).deleted for _ in range(4)] == [10, 10, 5, 0]
         assert [await backend.get("db", key) for key in keys] == [None] * 25
         assert await scan.count("db") == 0
 
@@ -229,8 +251,43 @@ class ScanContract(ContractSuite):
         await backend.set("db", "short", "v", passing.life_seconds)
         await backend.set("db", "long", "v", 600)
         await passing.wait(1)
-        assert await scan.clear("db") in {1, 2}
-        assert await scan.clear("db") == 0
+        assert (await scan.clear("db")).deleted in {1, 2}
+        assert await scan.clear("db") == (0, None)
+
+    async def test_steps_of_clearing_come_to_an_end_and_never_to_a_cursor_twice(
+        self, backend: Backend, scan: ScanBackend
+    ) -> None:
+        keys = [*(f"k{i}" for i in range(40)), *(f"other {i}" for i in range(10))]
+        await fill(backend, "db", keys)
+        cleared = [step async for step in clearing(scan, "db", "k", 7)]
+        assert sum(step.deleted for step in cleared) == 40
+        assert all(step.deleted <= 7 for step in cleared)
+        cursors = [step.cursor for step in cleared]
+        assert len({*cursors}) == len(cursors)
+        assert sorted(info.key for info in await listed(scan, "db")) == sorted(keys[40:])
+
+    @pytest.mark.parametrize("new", ["after {}", "before {}", "k{}"])
+    async def test_clearing_ends_beside_a_writer_that_is_faster(self, backend: Backend, scan: ScanBackend, new: str) -> None:
+        keys = [f"k{i:02}" for i in range(30)]
+        await fill(backend, "db", keys)
+        steps = 0
+        async with asyncio.timeout(15):
+            async for _ in clearing(scan, "db", "", 10):
+                steps += 1
+                await fill(backend, "db", [new.format(f"{steps:04} {i:02}") for i in range(12)])
+        # A table that grows meanwhile may take a few steps more.
+        assert steps <= 60
+        assert [await backend.get("db", key) for key in keys] == [None] * 30
+
+    @pytest.mark.parametrize("cursor", ["", "x", "1", "-1", "99999999999999999999999999999999999999", "1.1.1.1", "\ud800"])
+    async def test_made_up_cursor_is_refused_or_deletes_nothing_else(
+        self, backend: Backend, scan: ScanBackend, cursor: str
+    ) -> None:
+        await fill(backend, "db", ["other"])
+        for call in (scan.scan("db", "k", cursor), scan.clear("db", "k", cursor)):
+            with contextlib.suppress(ValueError):
+                await call
+        assert [info.key for info in await listed(scan, "db")] == ["other"]
 
     async def test_cleared_keys_can_be_set_anew(self, backend: Backend, scan: ScanBackend) -> None:
         await fill(backend, "db", ["a", "b"])

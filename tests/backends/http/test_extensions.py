@@ -1,11 +1,13 @@
 """Listing, counting, clearing and claims over HTTP; what a server that lacks them is met with."""
 
 import asyncio
+import itertools
 import socket
 
+import orjson
 import pytest
 from aiohttp import web
-from extension_service import ExtensionService, connected
+from extension_service import ALL, ExtensionService, connected
 from helpers import all_texts, no_wait
 from yarl import URL
 
@@ -22,7 +24,9 @@ from aiokv.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from aiokv.listing import clear_keys, list_keys
 from aiokv.testing import FaultProxy, ResetAfter, ScriptedService
+from aiokv.testing.contract.scan import clearing
 from aiokv.wire import TOKEN_PATH, error_body
 
 OWNER = "s3cret-owner-of-the-claim"
@@ -65,8 +69,8 @@ async def test_clearing_deletes_at_most_the_limit_at_once() -> None:
     service = ExtensionService()
     await fill(service, "b1", "b2", "b3", "a")
     async with connected(service) as backend:
-        assert await backend.clear("db", "b", 2) == 2
-        assert await backend.clear("db", "b", 2) == 1
+        assert (await backend.clear("db", "b", None, 2)).deleted == 2
+        assert await backend.clear("db", "b", None, 2) == (1, None)
         assert await backend.count("db") == 1
 
 
@@ -82,6 +86,100 @@ async def test_claims_exclude_one_another() -> None:
         assert (await backend.claim("db", "a/b", "other", 1.5)).is_held
     # A claim that another holds is an answer, and not tried again.
     assert service.asked.count("PUT claims") == 3
+
+
+async def test_renewal_behind_the_release_takes_nothing() -> None:
+    service = ExtensionService()
+    async with connected(service) as backend:
+        await backend.claim("db", "k", OWNER, 5.0)
+        await backend.release("db", "k", OWNER)
+        assert await backend.renew("db", "k", OWNER, 5.0) == (False, 0.0, False)
+        assert (await backend.claim("db", "k", "other", 5.0)).is_held
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+async def test_server_that_knows_no_renewals_is_asked_for_a_claim(is_known: bool) -> None:  # noqa: FBT001
+    service = ExtensionService("batch, scan, claims, watch")
+    async with connected(service, is_known=is_known) as backend:
+        assert (await backend.renew("db", "k", OWNER, 5.0)).is_held
+        assert (await backend.renew("db", "k", OWNER, 5.0)).is_held
+        assert not (await backend.renew("db", "k", "other", 5.0)).is_held
+    assert service.asked.count("PUT claims") == 3
+
+
+async def test_renewal_goes_on_at_an_older_server_that_takes_the_place_of_the_other() -> None:
+    service = ExtensionService()
+    async with connected(service) as backend:
+        await backend.claim("db", "k", OWNER, 5.0)
+        service.extensions = "batch, scan, claims, watch"
+        for _ in range(2):
+            assert (await backend.renew("db", "k", OWNER, 5.0)).is_held
+        # One was refused, which told of the other server.
+        assert service.asked.count("PUT claims") == 4
+        service.extensions = ALL
+        assert (await backend.renew("db", "k", OWNER, 5.0)).is_held
+        await backend.release("db", "k", OWNER)
+        assert not (await backend.renew("db", "k", OWNER, 5.0)).is_held
+
+
+async def test_renewal_that_a_server_refuses_though_it_knows_renewals_is_an_error() -> None:
+    service = ExtensionService()
+
+    async def refuse(_: web.BaseRequest) -> web.Response:
+        return service.respond(400, error_body("no"))
+
+    async with connected(service) as backend:
+        service.override = refuse
+        with pytest.raises(RejectedError):
+            await backend.renew("db", "k", OWNER, 5.0)
+
+
+async def test_clearing_goes_on_at_a_server_that_gives_no_cursors() -> None:
+    service = ExtensionService()
+    service.gives_cursors = False
+    await fill(service, *(f"b{number}" for number in range(25)), "a")
+    async with connected(service) as backend:
+        steps = [step.deleted async for step in clearing(backend, "db", "b", 10)]
+        assert steps == [10, 10, 5]
+        assert await backend.count("db") == 1
+
+
+async def test_server_without_cursors_that_deletes_for_ever_is_found_out() -> None:
+    service = ExtensionService()
+
+    async def lie(request: web.BaseRequest) -> web.Response | None:
+        return service.respond(200, b'{"deleted": 1000}') if request.method == "DELETE" else None
+
+    async with connected(service) as backend:
+        service.override = lie
+        with pytest.raises(TransportError, match="far more entries than it had") as caught:
+            await clear_keys(backend, "db", "")
+        assert (caught.value.verb, caught.value.maybe_applied, caught.value.transient) == ("clear", True, False)
+    assert service.asked.count("DELETE keys") < 200
+
+
+@pytest.mark.parametrize("cursors", [[":a"], [":a", ":b"], [":a", ":b", ":c", ":d", ":e"]])
+async def test_server_whose_cursors_come_again_is_found_out(cursors: list[str]) -> None:
+    service = ExtensionService()
+    answers = itertools.cycle(cursors)
+
+    async def lie(request: web.BaseRequest) -> web.Response:
+        if request.method == "DELETE":
+            return service.respond(200, orjson.dumps({"deleted": 1000, "next": next(answers)}))
+        return service.respond(200, orjson.dumps({"keys": [], "next": next(answers), "ordered": False}))
+
+    async def open_scan() -> RemoteBackend:
+        return backend
+
+    async with connected(service) as backend:
+        service.override = lie
+        with pytest.raises(TransportError, match="cursor that it has given before") as cleared:
+            await clear_keys(backend, "db", "p")
+        assert (cleared.value.verb, cleared.value.maybe_applied, cleared.value.transient) == ("clear", True, False)
+        with pytest.raises(TransportError, match="cursor that it has given before") as listed:
+            assert not [info async for info in list_keys(open_scan, "db", "p")]
+        assert (listed.value.verb, listed.value.key) == ("keys", "p")
+    assert len(service.asked) < 50
 
 
 async def test_conflict_that_is_no_answer_to_a_claim_is_an_error() -> None:
@@ -102,6 +200,8 @@ async def test_cursor_of_another_store_is_a_value_error() -> None:
     async with connected(service) as backend:
         with pytest.raises(ValueError, match="cursor must be that of the page before"):
             await backend.scan("db", "", "nonsense")
+        with pytest.raises(ValueError, match="cursor must be that of the page before"):
+            await backend.clear("db", "", "nonsense")
 
 
 @every_ask
@@ -127,7 +227,7 @@ async def test_nothing_is_changed_by_a_server_that_does_not_name_the_extension(v
 
     async def do(request: web.BaseRequest) -> web.StreamResponse | None:
         # It knows the paths all the same.
-        service.extensions = "batch, scan, claims, watch"
+        service.extensions = ALL
         response = await service.serve(request)
         service.extensions = None
         del response.headers["Aiokv-Extensions"]

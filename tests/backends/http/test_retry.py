@@ -30,6 +30,7 @@ from aiokv.errors import (
     PoolTimeoutError,
     RejectedError,
     ResponseError,
+    StorageFullError,
     StoreClosedError,
     ThrottledError,
     TransportError,
@@ -191,7 +192,8 @@ async def test_large_value_is_sent_again_whole() -> None:
         *((status, RejectedError, 1, False) for status in (302, 400, 404, 405, 410, 422)),
         *((status, AuthenticationError, 1, False) for status in (401, 403)),
         (413, ValueTooLargeError, 1, False),
-        *((status, UnavailableError, 1, False) for status in (501, 505, 507)),
+        *((status, UnavailableError, 1, False) for status in (501, 505)),
+        (507, StorageFullError, 1, False),
         *((status, UnavailableError, 1, True) for status in (506, 508, 599)),
     ],
 )
