@@ -73,3 +73,9 @@ def test_plot_without_what_draws_it_says_what_to_install() -> None:
             check=False,
         )
         assert (done.returncode, "pip install matplotlib" in done.stderr) == (2, True), done.stderr
+
+
+def test_interrupted_imports_lose_nothing() -> None:
+    done = run("import_rows.py", "--rows", "30000", "--rounds", "1", "--stops", "2", "--longest", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"sqlite, round 1: 30,000 rows .* 0 lost, .*: met\nserved, round 1: .* 0 lost, .*: met\n", done.stdout)

@@ -36,7 +36,9 @@ _ABORT_SECONDS = 1.0
 _SECOND_SIGNAL_SECONDS = 0.5
 # How long a worker that replaces another may take to start.
 _START_SECONDS = 60.0
-_FAILED = 2
+_FAILED = 3
+# Statuses of a worker that has said why it cannot start: wrong usage, or a store or a file that failed.
+_EXPLAINED = (2, _FAILED)
 # How long a worker waits for its next start where only the access file must be fixed.
 _ACCESS_SECONDS = 2.0
 # Options that the listening sockets and the counters have been made for.
@@ -287,9 +289,9 @@ class Supervisor:
             return
         if not self._is_announced:
             # What cannot start at all is an error, not a fault that passes. The worker has said which.
-            if status != _FAILED:
+            if status not in _EXPLAINED:
                 say(f"worker {worker.process.pid} ended {how} before it was ready")
-            self._status = _FAILED
+            self._status = status if status in _EXPLAINED else _FAILED
             self._stop(signal.SIGTERM)
             return
         if is_newcomer and self._options != self._good_options:

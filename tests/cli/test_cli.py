@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import clean_environment, served_process
 
+from aiokv import cli
+
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
@@ -49,7 +51,6 @@ def test_value_from_standard_input_is_stored_byte_for_byte(home: Path) -> None:
         (("get", "a/b", "k", "--url", "memory://"), "db_name 'a/b' contains '/'"),
         (("get", "db", "k", "--url", "ftp://x"), "unknown scheme 'ftp'"),
         (("get", "db", "k"), "AIOKV_URL=sqlite:///kv.db"),
-        (("get", "db", "k", "--url", "http://127.0.0.1:1"), "no connection"),
         (("set", "db", "k", "--url", "memory://"), "not UTF-8"),
         (("serve", "--port", "0", "--host", "0.0.0.0"), "binds to loopback only"),
         (("serve", "--port", "0", "--access-file", "absent"), "aiokv access add"),
@@ -69,6 +70,26 @@ def test_what_cannot_work_fails_with_one_message_and_no_trace(home: Path, argume
 
 
 @pytest.mark.parametrize(
+    "arguments", [("get", "db", "k"), ("set", "db", "k", "v"), ("list", "db"), ("ttl", "db", "k"), ("clear", "db", "--yes")]
+)
+def test_store_that_fails_has_a_status_of_its_own(home: Path, arguments: tuple[str, ...]) -> None:
+    code, out, err = aiokv(*arguments, "--url", "http://127.0.0.1:1", home=home)
+    assert (code, out) == (3, b"")
+    assert "no connection" in err
+
+
+@pytest.mark.parametrize(
+    ("url", "variable"),
+    [("http://id:secret-text@localhost", "AIOKV_KEY"), ("redis://:secret-text@localhost", "AIOKV_REDIS_PASSWORD")],
+)
+def test_secret_in_a_url_on_the_command_line_is_refused_and_not_repeated(home: Path, url: str, variable: str) -> None:
+    code, out, err = aiokv("get", "db", "k", "--url", url, home=home)
+    assert (code, out) == (2, b"")
+    assert f"set {variable} in the environment" in err
+    assert "secret-text" not in err
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("serve", "--min-free", "5M"), "unrecognized arguments: --min-free 5M; did you mean --min-free-bytes?"),
@@ -81,11 +102,12 @@ def test_unknown_flags_are_refused_and_the_nearest_is_named(home: Path, argument
     assert words in err
 
 
-@pytest.mark.parametrize("command", [(), ("serve",), ("access",), ("access", "add"), ("get",), ("set",), ("delete",)])
+@pytest.mark.parametrize("command", [(), ("access", "add"), *((name,) for name in cli._COMMANDS)])
 def test_help_explains_every_command(home: Path, command: tuple[str, ...]) -> None:
     code, out, _ = aiokv(*command, "--help", home=home)
     assert code == 0
     assert len(out) > 200
+    assert b"aiokv" in out
 
 
 @pytest.mark.parametrize(("command", "words"), [("get", "nowhere to write"), ("set", "standard input is closed")])
@@ -102,7 +124,7 @@ def test_output_that_cannot_be_written_is_a_failure(home: Path) -> None:
     aiokv("set", "db", "k", "v", "--url", "sqlite:///kv.db", home=home)
     line = f'exec "{sys.executable}" -m aiokv get db k --url sqlite:///kv.db >/dev/full'
     done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, env=clean_environment(home), cwd=home, check=False)
-    assert (done.returncode, done.stderr.decode()) == (2, "aiokv: [Errno 28] No space left on device\n")
+    assert (done.returncode, done.stderr.decode()) == (3, "aiokv: [Errno 28] No space left on device\n")
 
 
 def test_value_too_large_is_refused_from_standard_input_too(home: Path) -> None:
@@ -140,7 +162,7 @@ def test_shared_server_takes_the_key_that_the_command_made(home: Path) -> None:
         assert aiokv("set", "db", "k", "v", home=home, AIOKV_URL=address, AIOKV_KEY=key)[0] == 0
         assert aiokv("get", "db", "k", home=home, AIOKV_URL=address, AIOKV_KEY=key)[1] == b"v"
         code, _, err = aiokv("get", "db", "k", home=home, AIOKV_URL=address, AIOKV_KEY="alice:wrong")
-        assert code == 2
+        assert code == 3
         assert "wrong" not in err
         code, _, err = aiokv("get", "db", "k", home=home, AIOKV_URL=address)
         assert "set AIOKV_KEY" in err

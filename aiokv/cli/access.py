@@ -2,9 +2,10 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from aiokv.cli.terminal import print_message
 
 if TYPE_CHECKING:
     from aiokv.server.access_text import Limits
@@ -43,14 +44,13 @@ quota of bytes or entries gets 507 with the name of the quota; gets and deletes 
 """
 
 
-def add_access_commands(access: argparse.ArgumentParser) -> None:
-    """Add the commands of `access` to its parser.
+def add_access(access: argparse.ArgumentParser) -> None:
+    """Add the commands of `access`.
 
     Args:
-        access: The parser; each parsed command has a function `run`.
+        access: The parser of `access`; each parsed command has a function `run`.
     """
     access.description = _DESCRIPTION
-    access.formatter_class = argparse.RawDescriptionHelpFormatter
     access_commands = access.add_subparsers(required=True, metavar="command")
     file_default = os.environ.get("AIOKV_ACCESS_FILE") or None
 
@@ -117,7 +117,7 @@ def _add(options: argparse.Namespace) -> int:
     )
     # Written out now, so that a key that nobody can see is a failure.
     print(key, flush=True)
-    _tell(
+    print_message(
         f"this key of {options.account} is shown once and stored nowhere; clients pass it as AIOKV_KEY. Its short id is "
         f"{short_id_of(hash_of(key.partition(':')[2]))}. A running server takes it within a second; other keys of the account "
         "and their tokens go on working"
@@ -138,7 +138,7 @@ def _list(options: argparse.Namespace) -> int:
         if account not in keys:
             print("  no key")
     if not text.accounts():
-        _tell(f"access file {file} has no key; make one with `aiokv access add <account>`")
+        print_message(f"access file {file} has no key; make one with `aiokv access add <account>`")
     return 0
 
 
@@ -147,7 +147,7 @@ def _revoke(options: argparse.Namespace) -> int:
 
     revoked = revoke_keys(_file_of(options), options.account, options.key)
     names = ", ".join(key.short_id for key in revoked)
-    _tell(
+    print_message(
         f"revoked of {options.account}: {names}. Within a second a running server refuses "
         f"{'it and the tokens issued for it' if len(revoked) == 1 else 'them and the tokens issued for them'}. "
         "The account's limits stay, and what it stored stays until it expires"
@@ -164,7 +164,7 @@ def _limit(options: argparse.Namespace) -> int:
     if not changes:
         raise ValueError(f"no limit is named; give one or more of --{', --'.join(LIMIT_NAMES)}")
     limits = change_limits(_file_of(options), options.account, changes)
-    _tell(
+    print_message(
         f"limits of {options.account}: {_describe(limits)}. A running server applies them within a second, to tokens already "
         "issued, too. Nothing that is stored is deleted"
     )
@@ -179,7 +179,3 @@ def _file_of(options: argparse.Namespace) -> str:
 
 def _describe(limits: "Limits | None") -> str:
     return limits.settings() if limits is not None and limits.given else "limits of the server's defaults"
-
-
-def _tell(message: str) -> None:
-    print(f"aiokv: {message}", file=sys.stderr)

@@ -31,36 +31,39 @@ Tables of version 1 have no checksums: there the pages alone are looked at.
 """
 
 
-def add_maintenance_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `backup` and `check` to the command line.
+def add_backup(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `backup`.
 
     Args:
-        commands: The commands of the parser; each parsed one has a function `run`.
+        parser: That of the command.
     """
-    raw = argparse.RawDescriptionHelpFormatter
-    backup = commands.add_parser(
-        "backup", help="copy a store's SQLite file while it is served", description=_BACKUP_DESCRIPTION, formatter_class=raw
-    )
-    backup.add_argument("target", metavar="FILE", help="the copy")
-    backup.add_argument(
+    parser.description = _BACKUP_DESCRIPTION
+    parser.add_argument("target", metavar="FILE", help="the copy")
+    parser.add_argument(
         "--store",
         metavar="URL",
         default=os.environ.get("AIOKV_SERVE_STORE", "sqlite:///kv.db"),
         help="the store, as `aiokv serve --store` has it (default: AIOKV_SERVE_STORE, else sqlite:///kv.db)",
     )
-    backup.add_argument("--overwrite", action="store_true", help="replace FILE where it exists")
-    backup.add_argument(
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE where it exists")
+    parser.add_argument(
         "--no-check",
         dest="verify",
         action="store_false",
         help="do not check the copy: quicker, and the way to keep what is left of a damaged store",
     )
-    backup.set_defaults(run=_backup)
-    check = commands.add_parser(
-        "check", help="look for damage in a store's SQLite file", description=_CHECK_DESCRIPTION, formatter_class=raw
-    )
-    check.add_argument("file", metavar="FILE", help="the file, such as kv.db")
-    check.set_defaults(run=_check)
+    parser.set_defaults(run=_backup)
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `check`.
+
+    Args:
+        parser: That of the command.
+    """
+    parser.description = _CHECK_DESCRIPTION
+    parser.add_argument("file", metavar="FILE", help="the file, such as kv.db")
+    parser.set_defaults(run=_check)
 
 
 def _backup(options: argparse.Namespace) -> int:
