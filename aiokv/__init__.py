@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from aiokv.caching.near import NearCache
     from aiokv.caching.packed import Packed
     from aiokv.caching.peeked import Peeked
+    from aiokv.sync import KVStore
 
 __all__ = [
     "DEFAULT_TTL_SECONDS",
@@ -85,6 +86,7 @@ __all__ = [
     "Event",
     "HedgePolicy",
     "HttpOptions",
+    "KVStore",
     "KeyInfo",
     "Lost",
     "NearCache",
@@ -117,12 +119,14 @@ __all__ = [
 
 
 if not TYPE_CHECKING:
-    # A program that only uses stores does not pay for the caching decorators, which are more than half of the package. Type
-    # checkers see the imports above alone, and so know a name that is not there.
+    # A program that only awaits stores does not pay for the caching decorators, which are more than half of the package, nor
+    # for the blocking store. Type checkers see the imports above alone, and so know a name that is not there.
     def __getattr__(name: str) -> object:
         if name in __all__:
             from importlib import import_module  # noqa: PLC0415
 
+            if name == "KVStore":
+                return globals().setdefault(name, import_module("aiokv.sync").KVStore)
             for module in ("decorator", "many", "codecs", "modes", "events", "packed"):
                 home = vars(import_module(f"aiokv.caching.{module}"))
                 if name in home:

@@ -23,7 +23,6 @@ import asyncio
 import contextlib
 import gc
 import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from harness import paired_ratio, progress, report, verdict, where
+from harness import add_json_option, paired_ratio, progress, report, verdict, where, write_json
 
 from aiokv import AsyncKVStore
 from aiokv.adapters.aiohttp_client import caching
@@ -200,21 +199,6 @@ async def measure(base: str, folder: Path, options: argparse.Namespace) -> dict[
     return samples
 
 
-def write_json(samples: Mapping[str, Sequence[float]], options: argparse.Namespace) -> None:
-    """Write the figures."""
-    result = {
-        "where": where(),
-        "options": vars(options),
-        "unit": "microseconds of CPU for each request",
-        "contenders": {
-            name: {"median": statistics.median(values), "x_base": paired_ratio(values, samples[BASE]), "batches": list(values)}
-            for name, values in samples.items()
-        },
-    }
-    Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\njson: {options.json}")
-
-
 def plot(samples: Mapping[str, Sequence[float]], options: argparse.Namespace) -> None:
     """Draw the CPU of each contender."""
     import matplotlib as mpl  # noqa: PLC0415 (only for those who want a plot)
@@ -242,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--aim", type=float, default=1.5, help="largest ratio of a hit to a plain GET that is no failure (default: %(default)s)"
     )
     parser.add_argument("--plot", metavar="FILE.svg", help="draw a plot (needs matplotlib)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    add_json_option(parser)
     options = parser.parse_args(arguments)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         print("--plot needs matplotlib: pip install matplotlib", file=sys.stderr)
@@ -251,8 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         samples = asyncio.run(measure(base, Path(folder), options))
     report(f"CPU of a response of {options.body_bytes:,} bytes", "us", samples, BASE)
     met = [verdict(f"{name} to {BASE}", paired_ratio(samples[name], samples[BASE]), options.aim) for name in (OURS, SQLITE)]
-    if options.json:
-        write_json(samples, options)
+    write_json(options, contenders=samples)
     if options.plot:
         plot(samples, options)
     return 0 if all(met) else 1

@@ -18,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import served, where
+from harness import add_json_option, note_aim, note_table, served, where, write_json
 
 from aiokv import AsyncKVStore
 
@@ -138,9 +139,11 @@ def main() -> int:
     parser.add_argument("--only", choices=("sqlite", "served"), help="import into one of them alone")
     parser.add_argument("--seed", type=int, default=1, help="of the random moments")
     parser.add_argument("--memory-mb", type=float, default=150.0, help="most memory of an import (default: 150)")
+    add_json_option(parser)
     options = parser.parse_args()
     draw, all_met = random.Random(options.seed), True  # noqa: S311 (moments, no secrets)
     print(where(), flush=True)
+    rows: dict[str, Sequence[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "rows.jsonl", options.rows)
@@ -150,12 +153,18 @@ def main() -> int:
                 done = run_round(folder, options.rows, pauses, is_served=kind == "served")
                 met = not done.lost and options.rows <= done.written <= done.allowed and done.peak_mb <= options.memory_mb
                 all_met &= met
+                twice = done.written - options.rows
+                rows[f"{kind}, round {number}"] = [done.seconds, done.lost, twice, done.allowed - options.rows, done.peak_mb]
                 print(
                     f"{kind}, round {number}: {options.rows:,} rows in {done.seconds:.1f} s, {done.stops}; {done.lost} lost, "
                     f"{done.written - options.rows:,} written twice (at most {done.allowed - options.rows:,}), "
                     f"peak {done.peak_mb:.0f} MB: {'met' if met else 'MISSED'}",
                     flush=True,
                 )
+    columns = ["seconds", "lost", "written twice", "of at most", "peak MB"]
+    note_table(f"An import of {options.rows:,} rows, interrupted {options.stops} times", columns, rows)
+    note_aim("rounds that lost rows, wrote too many twice or took too much memory", float(not all_met), 0, "", is_met=all_met)
+    write_json(options)
     return 0 if all_met else 1
 
 

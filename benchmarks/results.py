@@ -64,6 +64,13 @@ SCRIPTS = {
     ),
     "instructions": Script("instructions.py", "A hit and a miss of kv_cached, in instructions", ("--only", "server")),
     "linearity": Script("linearity.py", "What is served after an invalidation", ("--seconds", "2"), ("--seconds", "60")),
+    "blocking": Script("blocking.py", "Blocking calls", ("--smoke", "--only", "threads")),
+    "http": Script("http_responses.py", "HTTP responses from a store", ("--calls", "50", "--batches", "1")),
+    "imported": Script(
+        "import_rows.py",
+        "Imports that are interrupted",
+        ("--rows", "20000", "--rounds", "1", "--stops", "1", "--longest", "1", "--only", "sqlite"),
+    ),
     "outage": Script("outage.py", "A store that is away", ("--only", "cached", "--seconds", "2", "--rate", "50")),
     "stampede": Script(
         "stampede.py", "A stampede of processes", ("--duration", "6", "--processes", "2", "--ways", "early=1"), ()

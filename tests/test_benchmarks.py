@@ -1,4 +1,4 @@
-"""The benchmarks of engines and of scale run, in a form too short to mean anything."""
+"""The benchmarks of engines, of scale and of blocking calls run, in a form too short to mean anything."""
 
 import json
 import os
@@ -58,6 +58,15 @@ def test_contenders_of_other_packages_are_measured_or_left_out_with_the_reason(t
     done = run("engines.py", "--smoke", "--only", *names, "--folder", str(tmp_path))
     for name in names:
         assert f"{name} is left out: pip install" in done.stderr or re.search(rf"\n  {name} +[\d.]+ ", done.stdout), done.stderr
+
+
+def test_blocking_calls_are_measured(tmp_path: Path) -> None:
+    figures = tmp_path / "blocking.json"
+    done = run("blocking.py", "--smoke", "--json", str(figures))
+    assert done.returncode == 0, done.stderr
+    of_load = json.loads(figures.read_text())["figures"]["threads"]["get by 4"]
+    assert {"KVStore", "KVStore, no batching"} <= set(of_load)
+    assert all(rate > 0 for of_client in of_load.values() for rate in of_client["calls_per_second"])
 
 
 def test_plot_without_what_draws_it_says_what_to_install() -> None:

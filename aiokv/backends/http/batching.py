@@ -33,9 +33,10 @@ _Told = Outcome | _Failure
 class Group:
     """The gets of one turn, and the task that answers them."""
 
-    __slots__ = ("started", "task", "users", "waiting")
+    __slots__ = ("db_name", "started", "task", "users", "waiting")
 
-    def __init__(self, started: float) -> None:
+    def __init__(self, db_name: str, started: float) -> None:
+        self.db_name = db_name
         self.started = started
         self.task: asyncio.Task[None] | None = None
         self.users = 0
@@ -118,7 +119,7 @@ class GetGroups:
                     # There is room for the first one's key only.
                     del self._open[place]
                 return await self._wait(group, future, started)
-            group = self._open[place] = Group(started)
+            group = self._open[place] = Group(db_name, started)
             try:
                 await _end_of_turn()
             except BaseException:
@@ -169,7 +170,7 @@ class GetGroups:
                         group.tell(db_name, key, outcome)
                 keys = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome is OMITTED]
         except asyncio.CancelledError:
-            told = StoreClosedError("the store was closed meanwhile")
+            told = _closed()
             raise
         except Exception as error:  # noqa: BLE001 (each get raises it)
             told = error if isinstance(error, CallError) else _Failure(error)
@@ -190,3 +191,12 @@ async def close_groups(running: set[Group]) -> None:
         task.cancel()
     if tasks:
         await asyncio.wait(tasks)
+    # A task that is cancelled before its first step has told nobody.
+    for group in list(running):
+        running.discard(group)
+        for key in group.waiting:
+            group.tell(group.db_name, key, _closed())
+
+
+def _closed() -> StoreClosedError:
+    return StoreClosedError("the store was closed meanwhile")

@@ -430,3 +430,18 @@ async def test_gets_of_a_store_travel_together_by_default() -> None:
             proxy.requests.clear()
             assert await asyncio.gather(*(store.get(key) for key in KEYS[:30])) == [None, "one", *[None] * 28]
         assert sorted(request.method for request in proxy.requests) == ["GET", "POST"]
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_gets_of_a_store_that_is_closed_before_their_batch_began_end(turns: int) -> None:
+    service = ExtensionService()
+    async with connected(service) as backend:
+        await fill(service)
+        tasks = together(backend, KEYS[:5])
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await backend.aclose()
+        _, waiting = await asyncio.wait(tasks, timeout=10)
+        assert not waiting
+        assert {type(task.exception()) for task in tasks} <= {StoreClosedError, type(None)}
+        assert backend._running_groups == set()
