@@ -42,9 +42,11 @@ from aiokv.telemetry import CallEnded, CallHedged, CallRetried, CallStarted, Eve
 
 if TYPE_CHECKING:
     from aiokv.caching.codecs import JSON, Codec, Encrypted, Zstd
-    from aiokv.caching.decorator import CachedFunction, kv_cached
+    from aiokv.caching.decorator import kv_cached
     from aiokv.caching.events import CacheEvent, CacheInfo
-    from aiokv.caching.many import CachedManyFunction, kv_cached_many
+    from aiokv.caching.functions import CachedFunction, PlainCachedFunction
+    from aiokv.caching.many import kv_cached_many
+    from aiokv.caching.many_functions import CachedManyFunction, PlainCachedManyFunction
     from aiokv.caching.modes import cache_bypass, cache_refresh
     from aiokv.caching.near import NearCache
     from aiokv.caching.packed import Packed
@@ -93,6 +95,8 @@ __all__ = [
     "Observer",
     "Packed",
     "Peeked",
+    "PlainCachedFunction",
+    "PlainCachedManyFunction",
     "PoolTimeoutError",
     "RedisOptions",
     "RejectedError",
@@ -127,7 +131,7 @@ if not TYPE_CHECKING:
 
             if name == "KVStore":
                 return globals().setdefault(name, import_module("aiokv.sync").KVStore)
-            for module in ("decorator", "many", "codecs", "modes", "events", "packed"):
+            for module in ("decorator", "many", "functions", "codecs", "modes", "events", "packed"):
                 home = vars(import_module(f"aiokv.caching.{module}"))
                 if name in home:
                     return globals().setdefault(name, home[name])

@@ -23,7 +23,20 @@ _MAX_FINISH_SECONDS = 2.0
 _MAX_END_SECONDS = 10.0
 
 
-def run(make: Make[T]) -> T:
+class Helper:
+    """What the thread that waits for a coroutine does for it meanwhile."""
+
+    __slots__ = ("wake",)
+
+    wake: Callable[[], None]
+    """Set by `run`, and called in the loop's thread: let the waiting thread call `work`."""
+
+    def work(self) -> None:
+        """Do what there is to be done, in the waiting thread; it may be called where there is nothing."""
+        raise NotImplementedError
+
+
+def run(make: Make[T], helper: Helper | None = None) -> T:
     """Run a coroutine in the background loop and wait for its end: from any thread but that of the loop.
 
     It runs in a copy of the caller's context variables. An exception that arrives in the waiting caller, such as
@@ -31,12 +44,13 @@ def run(make: Make[T]) -> T:
 
     Args:
         make: Make the coroutine; it is called in the loop.
+        helper: What the caller's thread does for the coroutine while it waits; it gets its `wake` here.
 
     Returns:
         The result of the coroutine.
 
     Raises:
-        BaseException: What the coroutine raised. Where that is `asyncio.CancelledError` it is
+        BaseException: What the coroutine raised, or the helper. Where that is `asyncio.CancelledError` it is
             `concurrent.futures.CancelledError` here.
         RuntimeError: This is the thread of the loop, or the interpreter is ending; nothing was run.
     """
@@ -46,12 +60,17 @@ def run(make: Make[T]) -> T:
             "a blocking call in the thread of aiokv's event loop would wait for itself; await AsyncKVStore there"
         )
     call = _Call(make)
+    if helper is not None:
+        helper.wake = call.wake
     try:
         background.begin(call)
         call.ended.acquire()
+        while helper is not None and not call.has_ended:
+            helper.work()
+            call.ended.acquire()
     except BaseException:
         background.cancel(call)
-        if not call.has_ended:
+        while not call.has_ended:
             call.ended.acquire()
         raise
     error = call.error
@@ -105,7 +124,8 @@ class _Call(Generic[T]):
         self._task: asyncio.Task[None] | None = None
         self.error: BaseException | None = None
         self.has_begun = self.has_ended = False
-        # Released once. A lock is the cheapest thing that a thread can wait for, and signals interrupt it.
+        # Released at the end, and when there is work for a helper. A lock is the cheapest thing that a thread can wait for, and
+        # signals interrupt it.
         self.ended = allocate_lock()
         self.ended.acquire()
 
@@ -138,6 +158,11 @@ class _Call(Generic[T]):
         """Wake the thread that waits."""
         if not self.has_ended:
             self.has_ended = True
+            self.wake()
+
+    def wake(self) -> None:
+        """Let the thread that waits look what there is."""
+        if self.ended.locked():
             self.ended.release()
 
 
@@ -187,14 +212,18 @@ class _Background:
         self._calls.add(call)
         try:
             self.loop.call_soon_threadsafe(self._start, call)
-        except RuntimeError:
-            self._refuse(call)
+        except RuntimeError as error:
+            self._refuse(call, error if isinstance(error, RecursionError) else None)
 
     def cancel(self, call: _Call[Any]) -> None:
         """Cancel a call, wherever it is; it may take some time to end."""
-        # A loop that is closed has ended its calls, or is about to.
-        with contextlib.suppress(RuntimeError):
+        try:
             self.loop.call_soon_threadsafe(self._cancel, call)
+        except RecursionError:
+            raise
+        except RuntimeError:
+            # A loop that is closed has ended its calls, or is about to.
+            pass
 
     def _start(self, call: _Call[Any]) -> None:
         if self._is_leaving:
@@ -203,9 +232,9 @@ class _Background:
         else:
             call.start(self.loop, self._calls)
 
-    def _refuse(self, call: _Call[Any]) -> None:
+    def _refuse(self, call: _Call[Any], error: BaseException | None = None) -> None:
         self._calls.discard(call)
-        call.error = _ending()
+        call.error = error or _ending()
         call.end()
 
     def _cancel(self, call: _Call[Any]) -> None:

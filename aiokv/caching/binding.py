@@ -8,15 +8,17 @@ import operator
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
 from aiokv.caching.cache import Cache
+from aiokv.caching.callers import Caller
 from aiokv.caching.events import CacheInfo
 from aiokv.caching.naming import adopt_script_names, script_names
 from aiokv.caching.shipping import Recipe, make_stand_in, recipe_of
 
 C = TypeVar("C", bound="CachedCallable")
+T = TypeVar("T")
 
 # Type parameters cannot all be pickled; see the property.
 _ASSIGNED = ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__")
@@ -59,16 +61,11 @@ class CachedCallable:
             """
             raise NotImplementedError
 
-    # asyncio.iscoroutinefunction reads this attribute. inspect reads the properties below.
-    @property
-    def _is_coroutine(self) -> object:
-        return getattr(asyncio.coroutines, "_is_coroutine", None)
-
     @property
     def __type_params__(self) -> Any:
         return cast("Any", self._cache.function).__type_params__
 
-    # By these and the annotations, inspect takes it for a function, and so for a coroutine function (Python 3.11).
+    # By these and the annotations, inspect takes it for a function, and for a coroutine function where it is one (Python 3.11).
     @property
     def __code__(self) -> Any:
         return self._cache.function.__code__
@@ -126,10 +123,6 @@ class CachedCallable:
         """
         return self._cache.events.info()
 
-    async def aclose(self) -> None:
-        """Finish or cancel the background work of this function in the running loop."""
-        await self._cache.aclose()
-
     def _check_binding(self) -> None:
         """Refuse to manage the results of a class method whose class is not known."""
         if self._bound or "." not in self._cache.function.__qualname__:
@@ -142,6 +135,38 @@ class CachedCallable:
         if isinstance(found, classmethod) and cast("object", found.__func__) is self:
             # From Python 3.13 on, classmethod does not pass the class to the object that it wraps.
             raise TypeError(f"put @{self.decorator_name} above @classmethod at {self._cache.function.__qualname__}")
+
+
+class AwaitedCallable(CachedCallable):
+    """A cached coroutine function."""
+
+    __slots__ = ()
+
+    # asyncio.iscoroutinefunction reads this attribute. inspect reads `__code__`.
+    @property
+    def _is_coroutine(self) -> object:
+        return getattr(asyncio.coroutines, "_is_coroutine", None)
+
+    async def aclose(self) -> None:
+        """Finish or cancel the background work of this function in the running loop."""
+        await self._cache.aclose()
+
+
+class BlockingCallable(CachedCallable):
+    """A cached plain function, whose methods block."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """Finish what goes on in the background for this function, within `read_timeout` seconds, and drop the rest.
+
+        A function that runs cannot be cancelled: it goes on in its thread, and its result is not stored.
+        """
+        self._wait(self._cache.aclose)
+
+    def _wait(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine in the background loop, and here the functions that it calls."""
+        return Caller().run(make)
 
 
 class _Unbound(CachedCallable):
@@ -334,23 +359,32 @@ def _unpickle(
     return unbound.bound_to(bound[0]) if bound else unbound
 
 
-def check_coroutine_function(function: object) -> None:
-    """Check what is decorated.
+def is_plain_function(function: Any, decorator_name: str) -> bool:
+    """Return whether what is decorated is a plain function; a coroutine function is the other kind that can be.
 
     Args:
         function: Anything.
+        decorator_name: The decorator, for messages.
 
     Raises:
-        TypeError: It is no coroutine function.
+        TypeError: It is neither.
     """
     name = getattr(function, "__qualname__", None)
-    if name is None:
-        raise TypeError(f"a {type(function).__name__} is not a coroutine function (async def); call it in one, and cache that")
     if isinstance(function, classmethod | staticmethod):
         raise TypeError(f"put it below @{type(function).__name__}, not above it")
-    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-        raise TypeError(f"{name} is a generator: it has no one result; collect it into a list in a coroutine and cache that")
-    if not (inspect.iscoroutinefunction(function) or isinstance(function, CachedCallable)):
+    if name is None or isinstance(function, type) or not callable(function):
+        kind = f"the class {name}" if isinstance(function, type) else f"a {type(function).__name__}"
         raise TypeError(
-            f"{name} is not a coroutine function (async def); for a blocking one, await asyncio.to_thread inside one"
+            f"{kind} is not a function: what it holds would not count; call it in a def or async def, and cache that. "
+            f"As a decorator, write @{decorator_name}(60) with its parentheses"
         )
+    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+        raise TypeError(f"{name} is a generator: it has no one result; collect it into a list in a function and cache that")
+    if inspect.iscoroutinefunction(function) or isinstance(function, AwaitedCallable):
+        return False
+    if not (inspect.isfunction(function) or inspect.ismethod(function) or isinstance(function, BlockingCallable)):
+        raise TypeError(
+            f"{name} is a {type(function).__name__}, whose code cannot be looked at; "
+            "call it in a def or async def, and cache that"
+        )
+    return True

@@ -8,7 +8,7 @@ import random
 import threading
 import weakref
 from asyncio import AbstractEventLoop, get_running_loop
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from aiokv import clock
@@ -25,6 +25,7 @@ from aiokv.caching.flights import (
     Flights,
     Outcome,
     active_computations,
+    computed_flights_of,
     failure,
     leave_all,
     waits_for_itself,
@@ -60,24 +61,27 @@ class Cache:
     """The cache of one function, shared by all its bound forms.
 
     Args:
-        function: The coroutine function.
+        function: The coroutine function, or a plain one.
         compute: Runs it for several calls; returns a result for each, or `ABSENT` where an id has none.
         keys: Makes the keys of its calls.
         results: Turns its results into JSON and back.
         codecs: What is done to the JSON.
         options: The program's options.
         batch_size: How many calls `compute` takes at once, or None for any number.
+        is_plain: Whether the function is a plain one, and `compute` never suspends.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 (the parts of one function's cache)
         self,
-        function: Callable[..., Awaitable[Any]],
+        function: Callable[..., Any],
         compute: Compute,
         keys: KeyMaker,
         results: ResultCodec,
         codecs: tuple[Codec, ...],
         options: CacheOptions,
         batch_size: int | None = None,
+        *,
+        is_plain: bool = False,
     ) -> None:
         self.function = function
         self.keys = keys
@@ -90,12 +94,11 @@ class Cache:
         )
         self.generations = generations_of(keys.prefix)
         self.stored = StoredResults(keys, results, codecs, options, self.events, self.generations, self.near)
-        self.computations = Computations(compute, batch_size, keys, results, options, self.events, self.stored)
+        self.computations = Computations(compute, batch_size, keys, results, options, self.events, self.stored, is_plain)
         self._wait_seconds = options.read_timeout
         self._freshness = FreshnessOptions(options.stale_seconds, options.error_seconds, options.early)
         self._flights: dict[tuple[AbstractEventLoop, Target], Flights] = {}
-        # For each target, the flights of all loops whose callers wait for a computation.
-        self._computed: dict[Target, dict[str, Flight]] = {}
+        self._computed = computed_flights_of(keys.prefix)
         self._lock = threading.Lock()
         # The last look-up. One tuple, so that another thread never sees half an update.
         self._last: tuple[AbstractEventLoop, Target, Flights] | None = None
@@ -119,7 +122,7 @@ class Cache:
         call: Call = _new_call(Call, (key, is_settled, args, kwargs, 0))
         return call
 
-    async def read_through(  # noqa: C901, PLR0912 (one call from top to bottom)
+    async def read_through(  # noqa: C901, PLR0912, PLR0915 (one call from top to bottom)
         self, store: AsyncKVStore, calls: Sequence[Call], mode: Mode
     ) -> list[Any]:
         """Return the results of several calls, from wherever they are nearest.
@@ -150,12 +153,12 @@ class Cache:
                     if key in reading:
                         # Two ids have one key.
                         self._begin_all(flights, store, calls, {key: reading[key]}, led, generation)
-                        self._join(led[reading[key]], index, awaited)
+                        self._join(led[reading[key]], index, awaited, around)
                     elif under_way is not None and self._may_join(under_way, mode, around):
                         if waits_for_itself(under_way, around):
                             alone.append(index)
                         else:
-                            self._join(under_way, index, awaited)
+                            self._join(under_way, index, awaited, around)
                     elif mode == "use":
                         reading[key] = index
                     else:
@@ -175,7 +178,8 @@ class Cache:
                 elif led:
                     self.computations.begin(flights, list(led.values()), {}, False)
                 for index in alone:
-                    results[index] = (await self.computations.compute([calls[index]]))[0]
+                    lone = Flight(flights, store, calls[index], generation)
+                    results[index] = await self.computations.compute_alone(lone, around[-1])
                 if not awaited:
                     return results
                 await self._take_all(awaited, calls, results, around)
@@ -183,6 +187,8 @@ class Cache:
                 _end_reading(led, failed)
                 raise
             finally:
+                if around:
+                    around[-1].waits_for.difference_update(awaited.values())
                 if awaited and (cancelled := leave_all(awaited.values())):
                     # The last one to leave waits until the function has cleaned up.
                     await asyncio.wait(cancelled)
@@ -201,7 +207,7 @@ class Cache:
             if flights is None:
                 if len(self._flights) >= _MAX_IDLE_FLIGHTS:
                     self._forget_idle(loop)
-                flights = Flights(access_of(target), self._computed.setdefault(target, {}))
+                flights = Flights(access_of(target), self._computed.by_target.setdefault(target, {}), self.results)
                 self._flights[loop, target] = flights
         self._last = (loop, target, flights)
         return flights
@@ -211,7 +217,9 @@ class Cache:
             if key[0].is_closed() or (key[0] is loop and flights.is_idle):
                 self._flights.pop(key, None)
         used = {target for _, target in self._flights}
-        self._computed = {target: computed for target, computed in self._computed.items() if target in used}
+        for target, computed in list(self._computed.by_target.items()):
+            if target not in used and not computed:
+                self._computed.by_target.pop(target, None)
 
     async def aclose(self) -> None:
         """Finish what was begun behind callers in this loop, within the time that a read may take, and cancel the rest."""
@@ -256,8 +264,11 @@ class Cache:
             if index not in led:
                 led[index] = self._begin(flights, store, calls[index], index, generation)
 
-    def _join(self, flight: Flight, index: int, awaited: dict[int, Flight]) -> None:
+    def _join(self, flight: Flight, index: int, awaited: dict[int, Flight], around: Sequence[Computation]) -> None:
         flight.interest += 1
+        if around:
+            # At once: while the store is read for others, what this one waits for may come to wait for this call.
+            around[-1].waits_for.add(flight)
         self.events.emit("joined", flight.call.key)
         awaited[index] = flight
 
@@ -337,21 +348,17 @@ class Cache:
         if around:
             around[-1].waits_for.update(awaited.values())
         failed: BaseException | None = None
-        try:
-            for index, flight in awaited.items():
-                outcome = flight.outcome or await flight.wait()
-                if outcome.error is not None:
-                    failed = failed or outcome.error.with_traceback(outcome.value)
-                elif outcome.own is not MISSED and flight.call is calls[index]:
-                    # A flight of this call, which no other caller has begun.
-                    results[index] = outcome.own
-                elif outcome.kind == "shared" or (outcome.kind == "private" and flight.call is calls[index]):
-                    results[index] = self._own_copy(flight, outcome)
-                elif outcome.kind == "absent":
-                    results[index] = ABSENT
-        finally:
-            if around:
-                around[-1].waits_for.difference_update(awaited.values())
+        for index, flight in awaited.items():
+            outcome = flight.outcome or await flight.wait()
+            if outcome.error is not None:
+                failed = failed or outcome.error.with_traceback(outcome.value)
+            elif outcome.own is not MISSED and flight.call is calls[index]:
+                # A flight of this call, which no other caller has begun.
+                results[index] = outcome.own
+            elif outcome.kind == "shared" or (outcome.kind == "private" and flight.call is calls[index]):
+                results[index] = self._own_copy(flight, outcome)
+            elif outcome.kind == "absent":
+                results[index] = ABSENT
         if failed is not None:
             raise failed
 
@@ -367,7 +374,7 @@ class Cache:
     def _after_fork_in_child(self) -> None:
         # The loops are the parent's, and its flights never end here. Held, since a task that is dropped complains.
         _of_parent.append((self._flights, self._last, self._computed))
-        self._flights, self._last, self._computed = {}, None, {}
+        self._flights, self._last, self._computed = {}, None, computed_flights_of(self.keys.prefix)
         self._lock = threading.Lock()
 
 

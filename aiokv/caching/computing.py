@@ -5,11 +5,11 @@ import contextlib
 import copy
 import logging
 import time
-from asyncio import get_running_loop
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from aiokv import clock
+from aiokv.caching.callers import current_caller, run_in_thread
 from aiokv.caching.claims import RefreshClaim
 from aiokv.caching.events import Events
 from aiokv.caching.flights import (
@@ -33,6 +33,8 @@ from aiokv.caching.stored import MAX_BEHIND, Computed, Found, StoredResults
 
 logger = logging.getLogger("aiokv")
 
+T = TypeVar("T")
+
 # Spares a call of the Python function that makes a `NamedTuple`.
 _new: Any = tuple.__new__
 _MAX_PAUSE_SECONDS = 1.0
@@ -40,7 +42,7 @@ _LEVELS_ON_ONE_STACK = 8
 
 # For callers that wait; behind callers that have been served; in the call of one that could have been served.
 Role = Literal["front", "behind", "in_call"]
-Compute = Callable[[Sequence[Call]], Awaitable[Sequence[Any]]]
+Compute = Callable[[Sequence[Call]], Coroutine[Any, Any, Sequence[Any]]]
 
 
 class Plan:
@@ -71,6 +73,7 @@ class Computations:
         options: The program's options.
         events: Counts.
         stored: Where its results go.
+        is_plain: Whether `compute` never suspends, and is to run in threads.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 (the parts of one function's cache)
@@ -82,8 +85,10 @@ class Computations:
         options: CacheOptions,
         events: Events,
         stored: StoredResults,
+        is_plain: bool = False,  # noqa: FBT001, FBT002 (likewise)
     ) -> None:
         self.compute = compute
+        self.is_plain = is_plain
         self.backoff = Backoff()
         self._batch_size = batch_size
         self._keys = keys
@@ -116,15 +121,18 @@ class Computations:
             key = flight.call[0]
             self._events.emit("miss", key)
             behind = flights.background.get(key) if flights.background else None
-            if behind is not None and self._may_join(behind):
+            # A plain function that has yet to find a thread may wait for that of this caller.
+            may_wait = behind is not None and (behind.is_begun or not self.is_plain)
+            if behind is not None and may_wait and self._may_join(behind):
                 behind.interest += 1
                 awaited[flight.index] = behind
                 flight.end(NO_OUTCOME)
                 continue
             awaited[flight.index] = flight
             other = flights.computed.setdefault(key, flight)
-            if other is not flight and is_elsewhere(other, get_running_loop()) and self._may_join(other):
-                computation = Computation([flight])
+            joins = other is not flight and is_elsewhere(other, flights) and self._may_join(other)
+            if joins and flights.agree_with(other.flights):
+                computation = self._computation([flight])
                 work = self._compute_elsewhere(computation, other, plan.fallbacks, skip_write=plan.skip_write)
                 computation.task = flights.run(work, key, [flight])
             else:
@@ -147,8 +155,8 @@ class Computations:
             fallbacks: What may be served where the function fails.
             skip_write: Whether the store is known to fail.
         """
-        for part in self._batches(begun):
-            computation = Computation(part)
+        for part in self.batches(begun):
+            computation = self._computation(part)
             work = self._compute(computation, fallbacks, skip_write)
             computation.task = flights.run(work, part[0].call[0], part)
 
@@ -169,14 +177,30 @@ class Computations:
             flights.run(self._refresh(begun, in_call=in_call), due[0][2].key)
         return instead
 
+    async def compute_alone(self, flight: Flight, outer: Computation) -> Any:
+        """Run the function for a call inside the running computation, which nobody else waits for.
+
+        Args:
+            flight: Stands for the call.
+            outer: The running computation.
+        """
+        if not self.is_plain:
+            return (await self.compute([flight.call]))[0]
+        computation = self._computation([flight])
+        computation.task = asyncio.current_task()
+        outer.waits_for.add(flight)
+        try:
+            return (await run_in_thread(self.compute([flight.call]), computation))[0]
+        finally:
+            outer.waits_for.discard(flight)
+
     async def compute_all(self, calls: Sequence[Call]) -> Sequence[Any]:
         """Run the function for calls whose results are nobody else's.
 
         Args:
             calls: The calls.
         """
-        size = self._batch_size or len(calls)
-        parts = [calls[start : start + size] for start in range(0, len(calls), size)]
+        parts = self.batches(calls)
         computed = [await self.compute(calls)] if len(parts) == 1 else await asyncio.gather(*map(self.compute, parts))
         return [value for values in computed for value in values]
 
@@ -213,7 +237,7 @@ class Computations:
                 # Where tasks are eager, nested computations share a stack, which has an end. This begins a new one.
                 await asyncio.sleep(0)
             try:
-                computed = await self._run(batch)
+                computed = await (run_in_thread(self._run(batch), computation) if self.is_plain else self._run(batch))
             except self._options.error_types as error:
                 self._fall_back(batch, fallbacks, error, role)
             else:
@@ -255,11 +279,14 @@ class Computations:
     async def _compute_elsewhere(
         self, computation: Computation, other: Flight, fallbacks: Mapping[Flight, Found], *, skip_write: bool
     ) -> None:
-        """Wait for what another loop computes; compute here where that brings nothing."""
+        """Wait for what another loop or function computes; compute here where that brings nothing."""
         (flight,) = computation.flights
+        computation.waits_for.add(other)
         try:
             outcome = await other.wait_from_elsewhere()
-            failed = outcome.error is not None and not isinstance(outcome.error, Exception)
+            is_own = other.flights.results is self._results
+            # Another function may have other options, such as what a failing store means.
+            failed = outcome.error is not None and not (is_own and isinstance(outcome.error, Exception))
             if outcome.kind in {"shared", "absent"} and not failed:
                 if outcome.json is None and outcome.kind == "shared" and outcome.error is None:
                     # Where it cannot be copied, it is computed here.
@@ -271,6 +298,8 @@ class Computations:
             raise
         except Exception as error:  # noqa: BLE001 (a class of the program's may fail in its own way)
             logger.debug("a result of another event loop cannot be copied: %s", type(error).__name__)
+        finally:
+            computation.waits_for.discard(other)
         await self._compute(computation, fallbacks, skip_write)
 
     def _fall_back(self, batch: Sequence[Flight], fallbacks: Mapping[Flight, Found], error: Exception, role: Role) -> None:
@@ -297,6 +326,9 @@ class Computations:
         """Compute anew, unless another process has been faster or is at it: looking costs less than computing."""
         first = next(iter(begun))
         store = first.store
+        if not in_call:
+            # The thread of the caller is not to wait for this.
+            current_caller.set(None)
         try:
             older, store_failed = await self._read_again(begun)
             lasted = {flight.call.key: found[0].compute_seconds for flight, found in older.items()}
@@ -308,8 +340,8 @@ class Computations:
                 if claim.is_exact and mine:
                     # Another may have stored its result and given its claim back since.
                     mine, store_failed = await self._read_again(mine)
-                for part in self._batches([flight for flight in mine if self._is_wanted(flight)]):
-                    computation = Computation(part)
+                for part in self.batches([flight for flight in mine if self._is_wanted(flight)]):
+                    computation = self._computation(part)
                     computation.is_uncancellable = not in_call
                     role: Role = "in_call" if in_call else "behind"
                     await self._compute(computation, mine, store_failed, role)
@@ -340,6 +372,10 @@ class Computations:
                 older[flight] = found or known
         return older, error is not None
 
+    def _computation(self, flights: Sequence[Flight]) -> Computation:
+        caller = current_caller.get() if self.is_plain else None
+        return Computation(flights, None if caller is None else caller.waits_for)
+
     def _may_join(self, flight: Flight) -> bool:
         is_free = flight.outcome is None and self._generations.is_current(flight.place, flight.generation)
         return is_free and not waits_for_itself(flight, active_computations.get())
@@ -348,11 +384,12 @@ class Computations:
         under_way = flight.flights.by_key.get(flight.call.key)
         return flight.may_land(self._generations) and (under_way is None or under_way.computation is None)
 
-    def _batches(self, flights: Sequence[Flight]) -> Sequence[Sequence[Flight]]:
+    def batches(self, items: Sequence[T]) -> Sequence[Sequence[T]]:
+        """Return what `compute` takes at once, part by part."""
         size = self._batch_size
-        if size is None or len(flights) <= size:
-            return (flights,) if flights else ()
-        return [flights[start : start + size] for start in range(0, len(flights), size)]
+        if size is None or len(items) <= size:
+            return (items,) if items else ()
+        return [items[start : start + size] for start in range(0, len(items), size)]
 
     def _is_unchanged(self, call: Call) -> bool:
         """Return whether arguments that can change are still those that the key was made of."""

@@ -1,206 +1,26 @@
-"""`kv_cached`: share the results of a coroutine function through a store."""
+"""`kv_cached`: share the results of a function through a store."""
 
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
-from aiokv import clock
-from aiokv.caching.binding import CachedCallable, check_coroutine_function, make_cached
+from aiokv.caching.binding import is_plain_function, make_cached
 from aiokv.caching.codecs import Codec, check_codecs
 from aiokv.caching.events import CacheEvent
 from aiokv.caching.flights import Call
-from aiokv.caching.management import invalidate, peek, prime
-from aiokv.caching.modes import cache_mode
-from aiokv.caching.near import MISSED, NearCache
+from aiokv.caching.functions import CachedClassMethod, CachedFunction, PlainCachedClassMethod, PlainCachedFunction
+from aiokv.caching.near import NearCache
 from aiokv.caching.options import CacheOptions, Ttl
-from aiokv.caching.peeked import Peeked
 from aiokv.caching.shipping import Recipe
 from aiokv.store import AsyncKVStore
-
-_get_mode = cache_mode.get
-P = ParamSpec("P")
-P2 = ParamSpec("P2")
-R = TypeVar("R")
-S_contra = TypeVar("S_contra", contravariant=True)
-R_co = TypeVar("R_co", covariant=True)
-
-
-class _TakesInstance(Protocol[S_contra, P2, R_co]):
-    def __call__(self, instance: S_contra, /, *args: P2.args, **kwargs: P2.kwargs) -> Coroutine[Any, Any, R_co]: ...
-
-
-class CachedFunction(CachedCallable, Generic[P, R]):
-    """A coroutine function whose results are shared through a store; made by `kv_cached`."""
-
-    __slots__ = ()
-
-    decorator_name = "kv_cached"
-
-    async def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:  # noqa: C901 (one call from top to bottom)
-        """Return the result of a call, cached or computed."""
-        quick = self._quick
-        if quick is not None and not kwargs:
-            # What `NearView.quick_hit` does, written out: a call of it would cost as much as the rest of a hit.
-            try:
-                slot = quick(args)
-            except TypeError:
-                # An argument is not hashable.
-                slot = None
-            if slot is not None and _get_mode() == "use":
-                kinds = slot.kinds
-                if type(args[0]) is kinds or kinds == tuple(map(type, args)):
-                    json, value = slot.json, slot.value
-                    if clock.monotonic() < slot.until:
-                        slot.visited = True
-                        slot.counts["near_hit"] += 1
-                        if json is None:
-                            return value  # type: ignore[no-any-return]
-                        result: R = self._cache.near.load(slot, json)  # type: ignore[union-attr]
-                        if result is not MISSED:
-                            return result
-        cache = self._cache
-        near = cache.near
-        arguments = (*self._bound, *args) if self._bound else args
-        if near is not None and (quick is None or kwargs or len(args) != near.direct_count):
-            result = near.quick_hit(arguments, kwargs)
-            if result is not MISSED:
-                return result
-        mode = cache_mode.get()
-        if mode == "bypass":
-            return await cache.function(*arguments, **kwargs)  # type: ignore[no-any-return]
-        call = cache.call(arguments, kwargs)
-        store = cache.stores.fixed or cache.stores.of(arguments, kwargs)
-        if near is not None and mode == "use":
-            result = near.get((cache.flights_of(store).target, call.key))
-            if result is not MISSED:
-                return result
-        (result,) = await cache.read_through(store, (call,), mode)
-        return result
-
-    if TYPE_CHECKING:
-
-        @overload
-        def __get__(self, instance: None, owner: type | None = None) -> Self: ...
-
-        # A method whose `self` is positional-only; see `Decorator`.
-        @overload
-        def __get__(
-            self: "_TakesInstance[S_contra, P2, R_co]", instance: S_contra, owner: type | None = None
-        ) -> "CachedFunction[P2, R_co]": ...
-
-        # A static method, whose first parameter takes no instance.
-        @overload
-        def __get__(self, instance: object, owner: type | None = None) -> Self: ...
-
-        def __get__(self, instance: Any, owner: type | None = None) -> Any:
-            """Bind to an instance, as a function in a class does."""
-
-    def key(self, /, *args: P.args, **kwargs: P.kwargs) -> str:
-        """Return the key that a call's result is stored under.
-
-        Returns:
-            `prefix:version:digest`.
-
-        Raises:
-            TypeError: The arguments do not fit, or one of them cannot be part of a key.
-        """
-        self._check_binding()
-        return self._cache.keys(self._bound + args, kwargs)
-
-    async def peek(self, /, *args: P.args, **kwargs: P.kwargs) -> Peeked[R] | None:
-        """Look at what is stored of a call, without computing.
-
-        Returns:
-            The result with its age, or None where there is none.
-        """
-        store, call = self._call(args, kwargs)
-        return cast("Peeked[R] | None", (await peek(self._cache, store, (call,))).get(call.key))
-
-    async def refresh(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Compute a call anew and store that; several refreshes at once compute once. Cached functions inside it are served.
-
-        Where the store fails, this process serves nothing older all the same; other processes may.
-
-        Returns:
-            The new result.
-        """
-        store, call = self._call(args, kwargs)
-        return cast("R", (await self._cache.read_through(store, (call,), "refresh"))[0])
-
-    async def prime(self, value: R, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Store a result that was computed elsewhere, as if the call had returned it.
-
-        Args:
-            value: The result.
-            *args: The call's arguments.
-            **kwargs: Likewise.
-
-        Raises:
-            TypeError: Values of this type would come back changed.
-            ValueError: The value cannot be stored.
-            CallError: The value is not known to be stored.
-        """
-        store, call = self._call(args, kwargs)
-        await prime(self._cache, store, (call,), (value,))
-
-    async def invalidate(self, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Delete the result of a call, in the store and here; a computation under way in this process is not stored.
-
-        Raises:
-            CallError: The store failed: other processes may serve the result, this one does not. Or another event loop is still
-                storing an older result, which may be served until that has ended.
-        """
-        store, call = self._call(args, kwargs)
-        for error in (await invalidate(self._cache, store, (call,))).values():
-            raise error
-
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[AsyncKVStore, Call]:
-        self._check_binding()
-        arguments = self._bound + args
-        return self._cache.stores.of(arguments, kwargs), self._cache.call(arguments, kwargs)
-
-
-class CachedClassMethod(Generic[P, R]):
-    """A cached class method; asked of a class or an instance, it gives a `CachedFunction` bound to the class."""
-
-    def __init__(self, cached: CachedFunction[..., R]) -> None:
-        # Named as that of a classmethod.
-        self.__func__ = cached
-
-    def __get__(self, instance: object, owner: type) -> CachedFunction[P, R]:
-        """Bind to the class that it is asked of."""
-        return cast("CachedFunction[P, R]", self.__func__.bound_to(owner))
-
-    def __call__(self, owner: type, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
-        """Give the result of a call for a class."""
-        return self.__func__(owner, *args, **kwargs)
-
+from aiokv.sync import KVStore
 
 if TYPE_CHECKING:
+    from aiokv.caching.functions import CachedMethod, PlainCachedMethod
 
-    class CachedMethod(CachedFunction[Concatenate[Any, P], R], Generic[P, R]):
-        """A cached method as it stands in its class: a `CachedFunction` at run time, and at each access."""
-
-        @overload
-        async def __call__(self, instance: Any, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-        # Pyright looks for the methods of a protocol without `__get__`.
-        @overload
-        async def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-        async def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-            """Return the result of a call; see `CachedFunction`."""
-
-        @overload  # type: ignore[override]
-        def __get__(self, instance: None, owner: type | None = None) -> CachedFunction[Concatenate[Any, P], R]: ...
-
-        @overload
-        def __get__(self, instance: object, owner: type | None = None) -> CachedFunction[P, R]: ...
-
-        def __get__(  # pyright: ignore[reportIncompatibleMethodOverride]
-            self, instance: Any, owner: type | None = None
-        ) -> Any:
-            """Bind to an instance."""
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
 # Methods are told apart by the name of their first parameter, since `object`, `Any` and type variables accept every instance
@@ -217,23 +37,44 @@ class Decorator(Protocol):
     """What `kv_cached` gives, as type checkers see it: functions whose first parameter is `self` or `cls` are methods."""
 
     @overload
-    def __call__(self, function: "classmethod[Any, P, Coroutine[Any, Any, R]]", /) -> CachedClassMethod[P, R]: ...
-
-    @overload
-    def __call__(  # pyright: ignore[reportOverlappingOverload]
-        self, function: _ClassFunction[P, Awaitable[R]], /
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: "classmethod[Any, P, Coroutine[Any, Any, R]]", /
     ) -> CachedClassMethod[P, R]: ...
 
     @overload
-    def __call__(  # pyright: ignore[reportOverlappingOverload]
-        self, function: _Method[P, Awaitable[R]], /
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, function: _ClassFunction[P, Coroutine[Any, Any, R]], /
+    ) -> CachedClassMethod[P, R]: ...
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, function: _Method[P, Coroutine[Any, Any, R]], /
     ) -> "CachedMethod[P, R]": ...
 
     @overload
-    def __call__(self, function: Callable[P, Awaitable[R]], /) -> CachedFunction[P, R]: ...
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> CachedFunction[P, R]: ...
+
+    # Plain functions, likewise.
+    @overload
+    def __call__(self, function: "classmethod[Any, P, R]", /) -> PlainCachedClassMethod[P, R]: ...
+
+    @overload
+    def __call__(  # pyright: ignore[reportOverlappingOverload]
+        self, function: _ClassFunction[P, R], /
+    ) -> PlainCachedClassMethod[P, R]: ...
+
+    @overload
+    def __call__(  # pyright: ignore[reportOverlappingOverload]
+        self, function: _Method[P, R], /
+    ) -> "PlainCachedMethod[P, R]": ...
+
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> PlainCachedFunction[P, R]: ...
 
 
-def compute_one(function: Callable[..., Awaitable[Any]]) -> Callable[[Sequence[Call]], Awaitable[Sequence[Any]]]:
+def compute_one(function: Callable[..., Awaitable[Any]]) -> Callable[[Sequence[Call]], Coroutine[Any, Any, Sequence[Any]]]:
     """Adapt a function to what a cache computes with.
 
     Args:
@@ -258,7 +99,7 @@ def whole(returns: Any) -> Any:
 def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
     ttl: Ttl | Callable[[Any], Ttl | None],
     *,
-    store: AsyncKVStore | Callable[..., AsyncKVStore] | None = None,
+    store: AsyncKVStore | KVStore | Callable[..., AsyncKVStore | KVStore] | None = None,
     db_name: str | None = None,
     key: Callable[..., object] | None = None,
     ignore: Iterable[str] = (),
@@ -281,15 +122,19 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
     on_oversize: Literal["skip", "raise"] = "skip",
     observer: Callable[[CacheEvent], None] | None = None,
 ) -> Decorator:
-    """Share a coroutine function's results through a store; only `ttl` needs to be said.
+    """Share a function's results through a store; only `ttl` needs to be said.
+
+    A coroutine function (`async def`) stays one. A plain function (`def`) stays a plain one: it is called without `await`,
+    runs in the thread that calls it, and blocks that while the store is asked. A coroutine function and a plain one of equal
+    `prefix`, `version` and arguments share their results.
 
     Args:
         ttl: How long a result is fresh, from 1 second to 30 days, counted from the end of its computation; or a function of
             the result that returns this. Of a function, None, 0 or less means not to store it, and over 30 days means 30 days.
-        store: Where results live: a store, or a function that returns one; None takes `default_store()`. The function gets
-            those arguments of the call that its parameters name, defaults applied. Where it has a single parameter of another
-            name, it gets the call's first argument: of a method the instance, whatever it is called. Its parameters with
-            defaults are left to it.
+        store: Where results live: a store of either kind, or a function that returns one; None takes `default_store()`. The
+            function gets those arguments of the call that its parameters name, defaults applied. Where it has a single
+            parameter of another name, it gets the call's first argument: of a method the instance, whatever it is called. Its
+            parameters with defaults are left to it.
         db_name: A namespace of the default configuration, where `store` is not given.
         key: Returns what identifies a call, in place of its arguments. It gets all of them, defaults applied: by position as
             far as it takes them, the rest by name.
@@ -305,7 +150,8 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
         none_ttl: `ttl` for a result of None; None not to store it, `...` as any other.
         jitter: Shortens each ttl by a random part of it, up to this share (0 to 1), so that not all expire at once.
         early: How eagerly to compute anew before a result stops being fresh; 0 never. That runs in the background, on copies of
-            the arguments; it runs in the caller's own call where an argument is left out of the key or cannot be copied.
+            the arguments; it runs in the caller's own call where an argument is left out of the key or cannot be copied. Of
+            a plain function, background means a thread of a pool of 4, with a copy of the caller's context variables.
         stale_while_revalidate: For how many seconds after it stopped being fresh a result is served while it is computed anew
             in the background. Arguments that are left out of the key are used there as they are, after their caller has its
             answer: let them outlive the call.
@@ -318,15 +164,16 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
         write: Whether a caller waits until its result is stored, for `read_timeout` at most.
         on_oversize: What a result that is too large for the store means: `"skip"` returns it and does not store it,
             `"raise"` raises.
-        observer: Called with each event of each call; what it raises is logged.
+        observer: Called with each event of each call; what it raises is logged. For a plain function this and functions of
+            the result run in the thread of the background loop: they must not block.
 
     Returns:
-        A decorator for coroutine functions; in a class it stands below `@staticmethod` and above `@classmethod`. Type
-        checkers take functions whose first parameter is named `self` or `cls` for methods.
+        A decorator for functions; in a class it stands below `@staticmethod` and above `@classmethod`. Type checkers take
+        functions whose first parameter is named `self` or `cls` for methods.
 
     Raises:
-        TypeError: What is decorated is no coroutine function, an option is of another type, or `key`, `vary` or `store` is a
-            function that cannot take the arguments.
+        TypeError: What is decorated is no function, or a generator; an option is of another type; or `key`, `vary` or `store`
+            is a function that cannot take the arguments.
         ValueError: An option is not acceptable, or a local function has no `key`.
         ConfigurationError: A step in `codec` is not usable, or `Encrypted` is not the last.
     """
@@ -354,7 +201,7 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
 
     def decorate(decorated: Any) -> Any:
         function = decorated.__func__ if isinstance(decorated, classmethod) else decorated
-        check_coroutine_function(function)
+        is_plain = is_plain_function(function, "kv_cached")
         recipe = Recipe(
             function=function,
             make_compute=compute_one,
@@ -363,7 +210,11 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
             codecs=check_codecs(codec),
             keys={"prefix": prefix, "version": version, "ignore": ignored, "key": key, "vary": vary},
             returns=returns,
+            is_plain=is_plain,
         )
+        if is_plain:
+            plain: PlainCachedFunction[..., Any] = make_cached(PlainCachedFunction, recipe)
+            return PlainCachedClassMethod(plain) if isinstance(decorated, classmethod) else plain
         cached: CachedFunction[..., Any] = make_cached(CachedFunction, recipe)
         return CachedClassMethod(cached) if isinstance(decorated, classmethod) else cached
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import weakref
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextvars import ContextVar
@@ -10,10 +12,15 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from aiokv.caching.access import StoreAccess
 from aiokv.caching.generations import Generations, Place
 from aiokv.caching.near import MISSED
+from aiokv.caching.results import ResultCodec
 from aiokv.store import AsyncKVStore
+from aiokv.target import Target
 
 # The computations that this code is a part of, the innermost last.
 active_computations: "ContextVar[tuple[Computation, ...]]" = ContextVar("aiokv_active_computations", default=())
+
+# Loops whose thread waits in a blocking call: what they compute does not come before the end of that.
+blocked_loops: set[AbstractEventLoop] = set()
 
 T = TypeVar("T")
 
@@ -112,6 +119,11 @@ class Flight:
         if is_decisive:
             self.is_decisive = True
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether the function runs for it, or has run."""
+        return self.computation is not None and not self.computation.is_queued
+
     def may_land(self, generations: Generations) -> bool:
         """Return whether the result may still be stored and kept."""
         if self.is_decisive:
@@ -162,7 +174,7 @@ class Flight:
         return computation.task
 
     async def wait_from_elsewhere(self) -> Outcome:
-        """Wait for the outcome in another loop than the flight's own; no outcome where that loop does not run any more."""
+        """Wait for the outcome from outside the flight's own `Flights`; no outcome where waiting for it has no end."""
         here, its_loop = get_running_loop(), self.flights.access.loop
         ended = here.create_future()
 
@@ -189,7 +201,7 @@ class Flight:
         except RuntimeError:
             return NO_OUTCOME
         try:
-            while not ended.done() and its_loop.is_running():
+            while not ended.done() and is_running(its_loop) and not waits_for_itself(self, active_computations.get()):
                 await asyncio.wait([ended], timeout=_LOOK_SECONDS)
         finally:
             with contextlib.suppress(RuntimeError):
@@ -202,16 +214,19 @@ class Computation:
 
     Args:
         flights: Whose results it computes.
+        waits_for: What the code waits for that it runs in; computations that run one after the other in one thread share it.
     """
 
-    __slots__ = ("flights", "is_uncancellable", "task", "waits_for")
+    __slots__ = ("flights", "is_queued", "is_uncancellable", "task", "waits_for")
 
-    def __init__(self, flights: Sequence[Flight]) -> None:
+    def __init__(self, flights: Sequence[Flight], waits_for: set[Flight] | None = None) -> None:
         self.flights = flights
         self.task: asyncio.Task[Any] | None = None
         # Once results are being written, and behind callers.
         self.is_uncancellable = False
-        self.waits_for: set[Flight] = set()
+        # Whether a thread has yet to begin with it.
+        self.is_queued = False
+        self.waits_for: set[Flight] = set() if waits_for is None else waits_for
         for flight in flights:
             flight.computation = self
 
@@ -221,11 +236,13 @@ class Flights:
 
     Args:
         access: The way to the store.
-        computed: Flights of all loops of the process whose callers wait for a computation, at this function and target.
+        computed: Flights of all loops of the process whose callers wait for a computation, at this prefix and target.
+        results: Turns the results of the function into JSON and back.
     """
 
-    def __init__(self, access: StoreAccess, computed: dict[str, Flight]) -> None:
+    def __init__(self, access: StoreAccess, computed: dict[str, Flight], results: ResultCodec) -> None:
         self.access = access
+        self.results = results
         self.target = access.target
         self.computed = computed
         self.by_key: dict[str, Flight] = {}
@@ -239,6 +256,17 @@ class Flights:
     def is_idle(self) -> bool:
         """Whether to forget these flights would lose nothing."""
         return not self.by_key and not self.tasks and self.access.is_idle
+
+    def agree_with(self, others: "Flights") -> bool:
+        """Return whether others are of the same function, or of one whose results are stored alike."""
+        if others.results is self.results:
+            return True
+        with contextlib.suppress(Exception):
+            # Else the computation tells what is wrong with the annotation.
+            self.results.resolve()
+            others.results.resolve()
+            return self.results.schema == others.results.schema
+        return False
 
     def remove(self, flight: Flight) -> None:
         """Let the next call of the key begin a flight of its own."""
@@ -316,19 +344,47 @@ def waits_for_itself(flight: Flight, around: Sequence[Computation]) -> bool:
         computation = flight.computation or flight.reader
         if computation is None or flight in seen:
             continue
-        if computation in around:
+        if any(computation.waits_for is one.waits_for for one in around):
             return True
         seen.add(flight)
         ahead.extend(computation.waits_for)
     return False
 
 
-def is_elsewhere(flight: Flight, loop: AbstractEventLoop) -> bool:
-    """Return whether a flight is one of another loop that runs.
+def is_running(loop: AbstractEventLoop) -> bool:
+    """Return whether a loop goes on: it runs, and its thread does not wait in a blocking call."""
+    return loop.is_running() and loop not in blocked_loops
+
+
+def is_elsewhere(flight: Flight, flights: Flights) -> bool:
+    """Return whether a flight is one of another loop that runs, or of another function with the same results.
 
     Args:
         flight: The flight.
-        loop: The running loop.
+        flights: Those of the running loop.
     """
-    its_loop = flight.flights.access.loop
-    return its_loop is not loop and its_loop.is_running()
+    return flight.flights is not flights and is_running(flight.flights.access.loop)
+
+
+class ComputedFlights:
+    """For each target, the flights of one prefix, in all loops of the process, whose callers wait for a computation."""
+
+    def __init__(self) -> None:
+        self.by_target: dict[Target, dict[str, Flight]] = {}
+
+
+_by_prefix: "weakref.WeakValueDictionary[str, ComputedFlights]" = weakref.WeakValueDictionary()
+
+
+def computed_flights_of(prefix: str) -> ComputedFlights:
+    """Return the flights of a prefix: a coroutine function and a plain one may share it, and then compute once.
+
+    Args:
+        prefix: The beginning of a function's keys.
+    """
+    return _by_prefix.setdefault(prefix, ComputedFlights())
+
+
+if hasattr(os, "register_at_fork"):
+    # The flights of the parent never end in its child.
+    os.register_at_fork(after_in_child=_by_prefix.clear)

@@ -3,7 +3,7 @@
 import collections
 import types
 import typing
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from aiokv.caching.flights import ABSENT, Call
@@ -80,7 +80,7 @@ def _value_of_class(kind: type, arguments: tuple[Any, ...]) -> Any:
     return Any
 
 
-def compute_many(function: Callable[..., Awaitable[Any]]) -> Callable[[Sequence[Call]], Awaitable[Sequence[Any]]]:
+def compute_many(function: Callable[..., Awaitable[Any]]) -> Callable[[Sequence[Call]], Coroutine[Any, Any, Sequence[Any]]]:
     """Adapt a function from ids to a mapping to what a cache computes with.
 
     Args:

@@ -12,6 +12,7 @@ from aiokv.caching.near import NearCache
 from aiokv.limits import MAX_TTL_SECONDS, MIN_TTL_SECONDS, check_db_name
 from aiokv.record import Record
 from aiokv.store import AsyncKVStore
+from aiokv.sync import KVStore
 
 Ttl = int | float | timedelta
 MIN_CACHE_TTL_SECONDS = 1.0
@@ -21,7 +22,7 @@ class CacheOptions(Record, kw_only=True):
     """The options of one cached function; see `kv_cached` for what each means."""
 
     ttl: Ttl | Callable[[Any], Ttl | None]
-    store: AsyncKVStore | Callable[..., AsyncKVStore] | None = None
+    store: AsyncKVStore | KVStore | Callable[..., AsyncKVStore | KVStore] | None = None
     db_name: str | None = None
     when: Callable[[Any], bool] | None = None
     none_ttl: Ttl | EllipsisType | None = ...
@@ -49,8 +50,12 @@ class CacheOptions(Record, kw_only=True):
             ttl_seconds("none_ttl", self.none_ttl)
         if self.store is not None and self.db_name is not None:
             raise ValueError("db_name names a namespace of the default store; with store=, give the store that namespace")
+        if isinstance(self.store, KVStore):
+            object.__setattr__(self, "store", self.store.async_store)
         if not (isinstance(self.store, AsyncKVStore) or self.store is None or callable(self.store)):
-            raise TypeError(f"store must be an AsyncKVStore or a function that gives one, not {type(self.store).__name__}")
+            raise TypeError(
+                f"store must be an AsyncKVStore, a KVStore or a function that gives one, not {type(self.store).__name__}"
+            )
         for name, most in (("jitter", 1.0), ("early", math.inf)):
             if not 0 <= getattr(self, name) <= most or getattr(self, name) == math.inf:
                 raise ValueError(f"{name} must be 0 or more{', at most 1' if most == 1 else ''}, not {getattr(self, name)!r}")

@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 
 from aiokv.caching.annotation import return_annotation
 from aiokv.caching.cache import Cache
+from aiokv.caching.callers import as_coroutine_function
 from aiokv.caching.codecs import Codec
 from aiokv.caching.computing import Compute
 from aiokv.caching.keys import KeyMaker
@@ -34,7 +35,7 @@ class Recipe:
     """What the cache of one function is built from.
 
     Args:
-        function: The coroutine function.
+        function: The coroutine function, or a plain one.
         make_compute: Adapts it to what a cache computes with.
         part: Returns the type of one stored result for the return annotation.
         options: The program's options.
@@ -42,11 +43,12 @@ class Recipe:
         keys: The arguments of `KeyMaker` beside the function.
         returns: The type to decode to; None takes the annotation.
         batch_size: As for `Cache`.
+        is_plain: Whether the function is a plain one.
         hints: Classes that came along with it, with their annotations where these were text.
         token: Tells this decoration apart from all others, wherever it travels.
     """
 
-    function: Callable[..., Awaitable[Any]]
+    function: Callable[..., Any]
     make_compute: Callable[[Callable[..., Awaitable[Any]]], Compute]
     part: Callable[[Any], Any]
     options: CacheOptions
@@ -54,6 +56,7 @@ class Recipe:
     keys: dict[str, Any]
     returns: Any = None
     batch_size: int | None = None
+    is_plain: bool = False
     hints: tuple[tuple[type, dict[str, Any]], ...] = ()
     token: str = dataclasses.field(default_factory=lambda: os.urandom(16).hex())
 
@@ -76,8 +79,8 @@ class Recipe:
         if self.keys["version"] is None:
             self.keys["version"] = keys.version
         results = ResultCodec(self.function, self.returns, self.part)
-        compute = self.make_compute(self.function)
-        cache = Cache(self.function, compute, keys, results, self.codecs, self.options, self.batch_size)
+        compute = self.make_compute(as_coroutine_function(self.function) if self.is_plain else self.function)
+        cache = Cache(self.function, compute, keys, results, self.codecs, self.options, self.batch_size, is_plain=self.is_plain)
         # One for all threads that build it at the same time.
         return cast("Cache", self.__dict__.setdefault("_cache", cache))
 

@@ -7,6 +7,7 @@ from typing import Any
 from aiokv.caching.arguments import compile_choice
 from aiokv.default_store import default_store
 from aiokv.store import AsyncKVStore
+from aiokv.sync import KVStore
 
 
 class StoreChoice:
@@ -22,13 +23,16 @@ class StoreChoice:
     """
 
     def __init__(
-        self, store: AsyncKVStore | Callable[..., AsyncKVStore] | None, db_name: str | None, function: Callable[..., object]
+        self,
+        store: AsyncKVStore | KVStore | Callable[..., AsyncKVStore | KVStore] | None,
+        db_name: str | None,
+        function: Callable[..., object],
     ) -> None:
         self.fixed = store if isinstance(store, AsyncKVStore) else None
         self._db_name = db_name
         signature = inspect.signature(function)
-        self._of_call: Callable[..., AsyncKVStore] | None = None
-        if store is not None and not isinstance(store, AsyncKVStore):
+        self._of_call: Callable[..., AsyncKVStore | KVStore] | None = None
+        if store is not None and not isinstance(store, AsyncKVStore | KVStore):
             self._of_call = compile_choice("store", store, function, signature)
         self.first = next(iter(signature.parameters), "")
 
@@ -48,8 +52,12 @@ class StoreChoice:
             return self.fixed
         if self._of_call is not None:
             chosen: object = self._of_call(*args, **kwargs)
+            if isinstance(chosen, KVStore):
+                return chosen.async_store
             if not isinstance(chosen, AsyncKVStore):
-                raise TypeError(f"the function that store= names must return an AsyncKVStore, not {type(chosen).__name__}")
+                raise TypeError(
+                    f"the function that store= names must return an AsyncKVStore or a KVStore, not {type(chosen).__name__}"
+                )
             return chosen
         if self._db_name is None:
             return default_store()

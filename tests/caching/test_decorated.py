@@ -209,7 +209,7 @@ def test_bound_method_passes_the_attributes_of_its_function_on() -> None:
     assert (bound.__wrapped__, bound.told) == (number, "by the program")  # type: ignore[attr-defined]
     assert bound.__annotations__ is function.__annotations__
     assert functools.wraps(bound)(lambda: None).__module__ == __name__
-    assert type(bound).__module__ == type(function).__module__ == "aiokv.caching.decorator"
+    assert type(bound).__module__ == type(function).__module__ == "aiokv.caching.functions"
     with pytest.raises(AttributeError, match="nothing_of_that_name"):
         bound.nothing_of_that_name  # type: ignore[attr-defined]  # noqa: B018
 

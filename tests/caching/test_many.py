@@ -526,3 +526,33 @@ async def test_what_was_read_in_time_is_used_and_leaves_the_circuit_closed() -> 
         assert await squares(list(range(8))) == {id_: id_ * id_ for id_ in range(8)}
         assert backend.reads == 8
         assert asked == [[3, 4, 5, 6, 7]]
+
+
+async def test_ids_that_want_each_other_while_the_store_is_late_do_not_wait_for_ever() -> None:
+    backend, store = watched_store()
+    both = asyncio.Barrier(2)
+    runs: list[int] = []
+    gates: list[asyncio.Event] = []
+
+    @kv_cached_many(60, store=store, key=lambda id_: id_, read_timeout=10.0)
+    async def numbers(ids: list[int]) -> dict[int, int]:
+        runs.extend(ids)
+        if ids[0] > 2 or len(runs) > 2:
+            return {id_: id_ for id_ in ids}
+        if len(runs) == 2:
+            gates.append(backend.hold("get"))
+        await both.wait()
+        # The other one is under way: it is joined, and the second id read meanwhile.
+        other = 3 - ids[0]
+        return {ids[0]: (await numbers([other, ids[0] + 10]))[other]}
+
+    async def release() -> None:
+        while not gates:
+            await asyncio.sleep(0)
+        await settle()
+        gates[0].set()
+
+    async with asyncio.timeout(10):
+        *results, _ = await asyncio.gather(numbers([1]), numbers([2]), release())
+    # One of them finds out that it would wait for itself, and computes the other's id.
+    assert [list(result) for result in results] == [[1], [2]]

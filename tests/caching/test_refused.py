@@ -39,19 +39,20 @@ async def _coroutine_function(name: str) -> str:
 @pytest.mark.parametrize(
     ("decorated", "message"),
     [
-        (_plain, r"_plain is not a coroutine function .*asyncio\.to_thread"),
         (_generator, "_generator is a generator"),
         (_async_generator, "_async_generator is a generator.*list"),
-        (_Callable(), "not a coroutine function"),
-        (_Callable, "not a coroutine function"),
-        (functools.partial(_plain), "not a coroutine function"),
+        (_Callable(), r"a _Callable is not a function.*call it in a def"),
+        (_Callable, "the class _Callable is not a function"),
+        (functools.partial(_plain), r"a partial is not a function.*call it in a def"),
+        (len, "len is a builtin_function_or_method.*call it in a def"),
         (staticmethod(_coroutine_function), "below @staticmethod"),
-        (property(_plain), "not a coroutine function"),
-        (None, "not a coroutine function"),
+        (property(_plain), "a property is not a function"),
+        (None, "a NoneType is not a function"),
+        (3, r"@kv_cached\(60\) with its parentheses"),
     ],
     ids=stable_id,
 )
-def test_what_has_no_one_result_to_await_is_refused(decorated: Any, message: str) -> None:
+def test_what_is_no_function_of_one_result_is_refused(decorated: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         kv_cached(60, store=kv)(decorated)
 

@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_type
 
-from aiokv import AsyncKVStore, CachedFunction, CacheInfo, Peeked, kv_cached, kv_cached_many
+from aiokv import (
+    AsyncKVStore,
+    CachedFunction,
+    CacheInfo,
+    KVStore,
+    Peeked,
+    PlainCachedFunction,
+    kv_cached,
+    kv_cached_many,
+)
 
 
 @dataclass
@@ -110,13 +119,83 @@ async def many(ids: Sequence[int]) -> None:
     await users(["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
 
 
-def not_a_coroutine_function() -> None:
-    @kv_cached(ttl=60)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    def plain(size: int) -> int:
-        return size
+@kv_cached(ttl=60)
+def square(size: int, *, scale: float = 1.0) -> float:
+    return size * size * scale
 
-    del plain
+
+@kv_cached_many(ttl=60)
+def names(ids: list[int], locale: str = "en") -> dict[int, str]:
+    return dict.fromkeys(ids, locale)
+
+
+class Plain:
+    kv: KVStore
+
+    @kv_cached(ttl=60, store=lambda self: self.kv, ignore=("self",))
+    def answer(self, question: str, /, effort: int = 1) -> list[int]:
+        return [len(question) * effort]
+
+    @classmethod
+    @kv_cached(ttl=60)
+    def of_class(cls, size: int) -> float:
+        return float(size)
+
+    @kv_cached(ttl=60)
+    @classmethod
+    def of_class_below(cls, size: int) -> float:
+        return float(size)
+
+    @staticmethod
+    @kv_cached(ttl=60)
+    def of_nobody(size: int) -> bytes:
+        return bytes(size)
+
+    @kv_cached_many(ttl=60)
+    def titles(self, ids: list[int], locale: str = "en") -> dict[int, str] | None:
+        return dict.fromkeys(ids, locale)
+
+    @kv_cached_many(ttl=60)
+    @classmethod
+    def titles_of_class(cls, ids: list[int], locale: str = "en") -> dict[int, str]:
+        return dict.fromkeys(ids, locale)
+
+
+def plain_functions(plain: Plain) -> None:
+    assert_type(square(3, scale=2.0), float)
+    assert_type(square.key(3), str)
+    assert_type(square.peek(3), Peeked[float] | None)
+    assert_type(square.refresh(3), float)
+    assert_type(square.info(), CacheInfo)
+    square.prime(9.0, 3)
+    square.invalidate(3)
+    square.close()
+    square("3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    square(3, unit=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    square.prime("9", 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    square.aclose()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    assert_type(plain.answer("why", effort=2), list[int])
+    assert_type(Plain.answer(plain, "why"), list[int])
+    plain.answer.invalidate("why")
+    plain.answer(question="why")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    assert_type(Plain.of_class(1), float)
+    assert_type(plain.of_class_below(1), float)
+    assert_type(Plain.of_nobody(1), bytes)
+    assert_type(plain.of_nobody(1), bytes)
+    assert_type(names([1], locale="no"), dict[int, str])
+    assert_type(names(ids=[1]), dict[int, str])
+    assert_type(names.peek([1]), dict[int, Peeked[str]])
+    assert_type(names.refresh([1]), dict[int, str])
+    names.prime({1: "x"})
+    names.invalidate([1])
+    names(["a"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    assert_type(plain.titles([1], locale="no"), dict[int, str])
+    assert_type(Plain.titles_of_class([1], "no"), dict[int, str])
 
 
 def taken_as_a_parameter(cached: CachedFunction[[str], int]) -> None:
     assert_type(cached.key("x"), str)
+
+
+def plain_one_taken_as_a_parameter(cached: PlainCachedFunction[[str], int]) -> None:
+    assert_type(cached("x"), int)
