@@ -6,6 +6,8 @@ these say nothing, `docs/http/http-spans.md`. Names that begin with `aiokv.` hav
 """
 
 import asyncio
+import logging
+import os
 from collections.abc import Mapping
 from contextvars import Token
 from functools import cache, lru_cache
@@ -23,6 +25,8 @@ try:
     from opentelemetry.trace import SpanKind, StatusCode
 except ImportError as missing:
     raise ImportError("aiokv.otel needs the package opentelemetry-api: pip install 'aiokv[otel]'") from missing
+
+logger = logging.getLogger("aiokv")
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 OPERATION_BUCKETS_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
@@ -47,6 +51,8 @@ class OpenTelemetryObserver:
     `error.type`, the full name of the exception's class. A cancelled call is no failure: it has `aiokv.cancelled` instead.
     No span or metric holds a value, a token or a secret. No metric holds a key.
 
+    Where no provider is set in the process when the first event comes, one warning says that nothing is recorded.
+
     An observer without providers of its own can be pickled. The copy uses the providers of the process that loads it.
 
     Args:
@@ -66,6 +72,7 @@ class OpenTelemetryObserver:
     ) -> None:
         self._has_providers = tracer_provider is not None or meter_provider is not None
         self._include_keys = include_keys
+        self._has_looked = self._has_providers
         own_version = version("aiokv")
         self._tracer = trace.get_tracer(_SCOPE, own_version, tracer_provider, SCHEMA_URL)
         meter = metrics.get_meter(_SCOPE, own_version, meter_provider, SCHEMA_URL)
@@ -113,6 +120,10 @@ class OpenTelemetryObserver:
         Args:
             event: What happened to a call of a store or of a cached function.
         """
+        if not self._has_looked:
+            # Not at construction: programs may set their providers later.
+            self._has_looked = True
+            _warn_without_providers()
         match event:
             case CallStarted():
                 self._begin(event)
@@ -189,6 +200,20 @@ class OpenTelemetryObserver:
         self._cache_events.add(1, {"aiokv.cache.event": event.kind, "aiokv.cache.prefix": prefix})
         if event.kind == "computed":
             self._computation_duration.record(event.seconds, {"aiokv.cache.prefix": prefix})
+
+
+@cache
+def _warn_without_providers() -> None:
+    """Log, once a process, that neither spans nor metrics are recorded, unless that is meant."""
+    is_off = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    # What the API gives as long as no provider is set; a `NoOp...Provider` was set by the program.
+    providers = (type(trace.get_tracer_provider()).__name__, type(metrics.get_meter_provider()).__name__)
+    if not is_off and providers == ("ProxyTracerProvider", "_ProxyMeterProvider"):
+        logger.warning(
+            "OpenTelemetryObserver records nothing, since this process has set no OpenTelemetry provider: "
+            "install opentelemetry-sdk and an exporter, then call trace.set_tracer_provider and metrics.set_meter_provider, "
+            "or start the program with opentelemetry-instrument; OTEL_SDK_DISABLED=true silences this"
+        )
 
 
 @cache

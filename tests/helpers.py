@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
+from aiokv import clock
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -24,6 +26,18 @@ class FakeClock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+@contextlib.contextmanager
+def still_clock() -> Generator[FakeClock]:
+    """Stop the clock that expiries are counted by, which then moves by `advance` alone."""
+    before = clock.now
+    still = FakeClock(time.time())
+    clock.now = still
+    try:
+        yield still
+    finally:
+        clock.now = before
 
 
 async def no_wait(_seconds: float) -> None:

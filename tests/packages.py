@@ -29,10 +29,19 @@ asyncio.run(main())
 
 # What each extra is there for, used once without any other.
 USES = {
+    "aiocache": "import aiokv.adapters.aiocache",
     "all": "import aiokv.server, aiokv.otel",
+    "cashews": "import aiokv.adapters.cashews",
+    "cli": "import rich, shtab",
     "crypto": "import aiokv; aiokv.Encrypted(b'k' * 32)",
+    "fastapi": "import fastapi, aiokv.adapters.fastapi",
+    "http-cache": "import aiokv.adapters.aiohttp_client, aiokv.adapters.hishel",
+    "langchain": "import aiokv.adapters.langchain",
+    "litestar": "import aiokv.adapters.litestar",
     "otel": "import aiokv.otel",
-    "py-key-value": "import aiokv.adapters.py_key_value",
+    "pandas": "import pandas, pyarrow, zstandard",
+    "prometheus": "import aiokv.adapters.prometheus",
+    "py-key-value": "import aiokv.adapters.py_key_value, aiokv.adapters.py_key_value_store",
     "pydantic": "import aiokv, pydantic",
     "redis": "import aiokv; aiokv.AsyncKVStore('db', url='redis://127.0.0.1')",
     "server": "import aiokv.server",
@@ -40,7 +49,7 @@ USES = {
     "zstd": "import aiokv; aiokv.Zstd()",
 }
 # These are for the project's own work; `make test`, `make docs` and `make bench` install them.
-OWN = {"bench", "dev", "docs", "test"}
+OWN = {"bench", "dev", "docs", "suites", "test"}
 
 
 def build(folder: Path) -> tuple[Path, Path]:

@@ -9,11 +9,12 @@ import pickle
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from helpers import no_wait
+from helpers import clean_environment, no_wait
 from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader
@@ -479,7 +480,46 @@ print([metric.name for metric in reader.get_metrics_data().resource_metrics[0].s
 
 def test_providers_that_the_process_sets_later_are_used() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", LATE_PROVIDERS], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == (f"['get db']\n['{DB_CLIENT_OPERATION_DURATION}']\n", "")
+    assert done.stdout == f"['get db']\n['{DB_CLIENT_OPERATION_DURATION}']\n"
+    # Of the first call, before they were set.
+    assert [line.partition(",")[0] for line in done.stderr.splitlines()] == ["OpenTelemetryObserver records nothing"]
+
+
+WITHOUT_PROVIDERS = """
+import asyncio, logging, sys
+logging.basicConfig(format="%(levelname)s %(message)s")
+from aiokv import AsyncKVStore
+from aiokv.otel import OpenTelemetryObserver
+from opentelemetry import metrics, trace
+for call in sys.argv[1:]:
+    eval(call)
+for name in ("one", "other"):
+    asyncio.run(AsyncKVStore(name, url="memory://", observer=OpenTelemetryObserver()).get("k"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("set_up", "environment", "warnings"),
+    [
+        ("", {}, 1),
+        ("", {"OTEL_SDK_DISABLED": "true"}, 0),
+        ("trace.set_tracer_provider(trace.NoOpTracerProvider())", {}, 0),
+        ("metrics.set_meter_provider(__import__('opentelemetry.sdk.metrics').sdk.metrics.MeterProvider())", {}, 0),
+    ],
+    ids=["nothing set", "switched off", "no-op", "metrics alone"],
+)
+def test_observer_says_once_that_nothing_is_set_up_to_record(
+    tmp_path: Path, set_up: str, environment: dict[str, str], warnings: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_PROVIDERS, *([set_up] if set_up else [])],
+        env={**clean_environment(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.count("WARNING OpenTelemetryObserver records nothing") == warnings
+    assert done.stderr.count("install opentelemetry-sdk") == len(done.stderr.splitlines()) == warnings
 
 
 def test_module_without_its_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
