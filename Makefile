@@ -1,4 +1,4 @@
-# One command each: make demo, make test, make packages, make lint, make fix, make bench.
+# One command each: make demo, make test, make packages, make lint, make fix, make docs, make bench.
 PYTHON ?= python3
 VENV := .venv
 BASE_VENV := .venv-base
@@ -17,7 +17,7 @@ python_of = $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/ver
 eager_venv = $(strip $(if $(filter $(1),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')),$(VENV),\
 	$(if $(call python_of,$(1)),.venv-$(1))))
 
-.PHONY: help demo test test-eager packages lint fix bench clean
+.PHONY: help demo test test-eager packages lint fix docs bench clean
 
 help:
 	@echo "make demo    start an embedded server and watch values go through it"
@@ -25,6 +25,7 @@ help:
 	@echo "make packages  build the wheel and the sdist, and install and use them in fresh environments, with each extra alone"
 	@echo "make lint    check format, types and import directions"
 	@echo "make fix     apply what the formatter and the linter can fix"
+	@echo "make docs    draw the pictures and build the site in site/; any broken link is an error"
 	@echo "make bench   measure all, keep the figures in benchmarks/results, and renew docs/benchmarks.md from them"
 
 $(DEMO_VENV)/.installed: pyproject.toml
@@ -80,6 +81,11 @@ fix: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed
+	$(BIN)/python docs/pictures/draw.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "The site is site/index.html."
+
 $(VENV)/.bench: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
@@ -88,5 +94,5 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/results.py
 
 clean:
-	rm -rf $(VENV) $(BASE_VENV) $(DEMO_VENV) .venv-3.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist .coverage*
+	rm -rf site $(VENV) $(BASE_VENV) $(DEMO_VENV) .venv-3.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

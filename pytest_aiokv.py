@@ -1,4 +1,4 @@
-"""pytest's fixtures for code that uses aiokv; see "Test against faults" in the README.
+"""pytest's fixtures for code that uses aiokv; see docs/testing.md.
 
 This module stands beside the package, not in it: pytest loads it in every run, even where no test uses aiokv, and before
 coverage begins. So it imports only pytest until a test asks for a fixture. The fixtures are synchronous, so that they serve

@@ -1,4 +1,4 @@
-"""What the documents show runs, and says what the code says."""
+"""The examples and the benchmarks run."""
 
 import os
 import re
@@ -9,12 +9,6 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY, clean_environment
 
-import aiokv
-from aiokv.limits import MAX_ENTRY_PATH_BYTES, MAX_TTL_SECONDS, MAX_VALUE_BYTES, MIN_TTL_SECONDS
-from aiokv.wire import TRANSIENT_STATUSES
-
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 EXAMPLES = sorted(path.name for path in (REPOSITORY / "examples").glob("*.py"))
 
 
@@ -29,28 +23,6 @@ def run(arguments: list[str], home: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_code_of_the_readme_runs(tmp_path: Path, number: int) -> None:
-    run(["-c", BLOCKS[number]], tmp_path)
-
-
-def test_first_code_of_the_readme_prints_what_its_comments_say(tmp_path: Path) -> None:
-    assert run(["-c", BLOCKS[0]], tmp_path) == "3 °C, rain\n{'oslo': '3 °C, rain', 'bergen': None}\n"
-
-
-@pytest.mark.parametrize(
-    ("part", "output"),
-    [
-        ("store.keys(", r"user:1 \d+\.?\d* 1\nuser:2 \d+\.?\d* 1\n3 2 1\n"),
-        ("store.watch()", r"\{'dark-mode': 'on'\}\n"),
-        ("store.set_many(", ""),
-    ],
-)
-def test_code_of_the_readme_prints_what_it_says(tmp_path: Path, part: str, output: str) -> None:
-    block = next(block for block in BLOCKS if part in block)
-    assert re.fullmatch(output, run(["-c", block], tmp_path))
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(tmp_path: Path, name: str) -> None:
     if name == "tables.py":
@@ -58,28 +30,6 @@ def test_example_runs(tmp_path: Path, name: str) -> None:
     output = run([str(REPOSITORY / "examples" / name)], tmp_path)
     if name in {"quickstart.py", "demo.py"}:
         assert re.search(r"expiry +'v' after 59.999 s, None after 60 s", output)
-
-
-def test_error_tree_of_the_readme_is_that_of_the_code() -> None:
-    assert (aiokv.errors.__doc__ or "").split("```")[1].strip() in README
-
-
-def test_limits_of_the_readme_are_those_of_the_code() -> None:
-    for number in (MAX_VALUE_BYTES, MAX_ENTRY_PATH_BYTES, MAX_TTL_SECONDS):
-        assert f"{number:,}" in README
-    assert f"{MIN_TTL_SECONDS} to {MAX_TTL_SECONDS:,}" in README
-    listed = re.search(r"the statuses ([0-9, and]+?), with", README)
-    assert listed is not None
-    assert {int(status) for status in re.findall(r"\d+", listed[1])} == TRANSIENT_STATUSES
-
-
-def test_policy_of_the_readme_is_that_of_the_code() -> None:
-    policy = aiokv.RetryPolicy()
-    sentence = (
-        f"A call is tried {policy.attempts} times within {policy.total_timeout:g} seconds, an attempt takes at most "
-        f"{policy.attempt_timeout:g}, a connection {policy.connect_timeout:g}"
-    )
-    assert sentence in " ".join(README.split())
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,7 @@ def test_what_equality_does_not_see_is_a_difference_at_any_depth(one: Any, other
         assert difference(wrap(one), wrap(other)) is not None
 
 
-@pytest.mark.parametrize("value", [math.nan, {math.nan, 1.0}, complex(math.nan, 1.0), decimal.Decimal("sNaN")], ids=repr)
+@pytest.mark.parametrize("value", [math.nan, {math.nan, 1.0}, complex(math.nan, 1.0), decimal.Decimal("sNaN")], ids=stable_id)
 def test_nan_is_itself(value: Any) -> None:
     copy = eval(repr(value), {"nan": float("nan"), "Decimal": decimal.Decimal})
     assert difference([copy], [value]) is None

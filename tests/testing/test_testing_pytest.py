@@ -7,10 +7,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY, clean_environment
+from helpers import clean_environment
 
 import aiokv.testing
-from aiokv.testing import Fault
 
 SYNCHRONOUS = """
 import asyncio
@@ -119,21 +118,6 @@ def run_pytest(folder: Path, source: str, *options: str) -> str:
 def test_fixtures_serve_tests_of_any_kind(tmp_path: Path, options: list[str], asynchronous: str, passed: int) -> None:
     output = run_pytest(tmp_path, SYNCHRONOUS + asynchronous, *options)
     assert f"= {passed} passed in " in output, output
-
-
-@pytest.mark.slow
-def test_tests_that_the_readme_shows_pass(tmp_path: Path) -> None:
-    section = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Test against faults\n")[2]
-    source = section.partition("```python\n")[2].partition("```")[0]
-    assert "= 3 passed in " in run_pytest(tmp_path, source, *LOOP_SCOPE, "-o", "asyncio_mode=auto")
-
-
-def test_every_fault_is_in_the_table_of_the_readme() -> None:
-    section = (
-        (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Test against faults\n")[2].partition("\n## ")[0]
-    )
-    faults = [given for given in vars(aiokv.testing).values() if isinstance(given, type) and issubclass(given, Fault)]
-    assert [fault.__name__ for fault in faults if fault is not Fault and f"`{fault.__name__}(" not in section] == []
 
 
 def test_plugin_loads_nothing_of_the_package_until_a_fixture_is_used(tmp_path: Path) -> None:
