@@ -1,6 +1,7 @@
 """Fixtures that every test sees."""
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -28,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        # A process of pytest-xdist ignores it, and so would the programs that tests start and interrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--eager-tasks"):
         if sys.version_info < (3, 12):
             raise pytest.UsageError("--eager-tasks needs Python 3.12 or later; leave it out")
