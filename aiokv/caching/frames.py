@@ -9,10 +9,10 @@ import datetime as dt
 import decimal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from aiokv.caching.packing import MAX_CONTENT_BYTES, Unpackable
-from aiokv.caching.zones import describe_zone, restore_zone
+from aiokv.caching.packing import MAX_CONTENT_BYTES, Unpackable, check_size
+from aiokv.caching.zones import describe_frequency, describe_period, describe_zone, restore_zone
 
 _PLAIN_KINDS: Final = frozenset("biufcmM")
 _CLASSES: Final = ("DataFrame", "Series", "Index")
@@ -33,6 +33,8 @@ _CELLS: Final[dict[type, tuple[int, Callable[[Any], str], Callable[[str], Any]]]
     dt.date: (9, dt.date.isoformat, dt.date.fromisoformat),
     decimal.Decimal: (10, str, decimal.Decimal),
 }
+# Of numpy, for names: such as a column has among columns that are named by integers.
+_LABELS: Final = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"})
 _READERS = {code: read for code, _, read in _CELLS.values()}
 
 
@@ -62,14 +64,17 @@ class Described:
 
     Args:
         value: It.
+        is_bounded: Whether it must be small enough to be stored.
 
     Raises:
-        Unpackable: A part of it has no description.
+        Unpackable: A part of it has no description, or it is too large.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, *, is_bounded: bool = False) -> None:
         self._pandas: Any = sys.modules["pandas"]
         self._numpy: Any = sys.modules["numpy"]
+        self._is_bounded = is_bounded
+        self._size_bytes = 0
         self.columns: list[Any] = []
         self.attributes: dict[Any, Any] = {}
         name = pandas_class(type(value))
@@ -86,6 +91,7 @@ class Described:
         first = dtypes[0] if dtypes else None
         if self._is_plain(first) and all(dtype == first for dtype in dtypes):
             # One block, which comes back as one.
+            self._check(int(frame.size) * int(cast("Any", first).itemsize))
             return ["block", self._plain(frame.to_numpy().T.reshape(-1))]
         return ["columns", [self._values(frame.iloc[:, number].array) for number in range(len(dtypes))]]
 
@@ -106,11 +112,13 @@ class Described:
             codes = [self._plain(self._numpy.asarray(level)) for level in index.codes]
             names = [describe_label(name) for name in index.names]
             return [kind, [self._index(level.rename(None)) for level in index.levels], codes, names, index.sortorder]
-        freq = index.freqstr if kind in {"DatetimeIndex", "TimedeltaIndex"} else None
+        freq = None if kind not in {"DatetimeIndex", "TimedeltaIndex"} or index.freq is None else describe_frequency(index.freq)
         return [kind, self._values(index.array), freq, describe_label(index.name)]
 
     def _values(self, array: Any) -> list[Any]:  # noqa: C901, PLR0911 (one for each kind of dtype)
         pandas, numpy = self._pandas, self._numpy
+        # Of objects and texts the bytes of the pointers, of others those of the values.
+        self._check(int(array.nbytes) if self._is_bounded else 0)
         if type(array) is pandas.arrays.NumpyExtensionArray:
             array = array.to_numpy()
         dtype = array.dtype
@@ -125,7 +133,7 @@ class Described:
             return ["zoned", self._plain(moments.to_numpy()), describe_zone(dtype.tz)]
         if isinstance(dtype, pandas.PeriodDtype):
             periods = pandas.PeriodIndex(array)
-            return ["period", self._plain(periods.asi8), periods.freqstr]
+            return ["period", self._plain(periods.asi8), describe_period(dtype, periods.freqstr)]
         if isinstance(dtype, pandas.IntervalDtype):
             return ["interval", self._index(pandas.Index(array.left)), self._index(pandas.Index(array.right)), array.closed]
         if isinstance(dtype, pandas.StringDtype):
@@ -147,9 +155,16 @@ class Described:
         return isinstance(dtype, self._numpy.dtype) and dtype.kind in _PLAIN_KINDS
 
     def _plain(self, array: Any) -> list[Any]:
+        self._check(int(array.size) * int(array.dtype.itemsize))
+        self._size_bytes += int(array.nbytes)
         # Of one byte order: the other one is in the dtype.
         array = self._numpy.ascontiguousarray(array)
         return ["plain", self._take(array.astype(array.dtype.newbyteorder("="), copy=False)), array.dtype.str]
+
+    def _check(self, more_bytes: int) -> None:
+        """Refuse what is too large before it is copied."""
+        if self._is_bounded:
+            check_size(self._size_bytes + more_bytes)
 
     def _cells(self, array: Any) -> list[Any]:
         codes, texts = [], []
@@ -317,6 +332,11 @@ class Composer:
         code, content = described
         if code == "tuple":
             return tuple(map(self._label, content))
+        if code == "numpy":
+            kind, text = content
+            if kind not in _LABELS:
+                raise ValueError("a stored name is of an unknown kind")
+            return self._numpy.dtype(kind).type(float.fromhex(text) if kind[0] == "f" else int(text))
         singletons = {_NAN: float("nan"), _NA: self._pandas.NA, _NAT: self._pandas.NaT}
         return singletons[code] if code in singletons else _READERS[code](content)
 
@@ -353,11 +373,18 @@ def describe_label(name: Any) -> list[Any]:
         name: It.
 
     Raises:
-        Unpackable: It is no text, number, date, bytes, None, or tuple of these.
+        Unpackable: It is no text, number, scalar of numpy, date, bytes, None, or tuple of these.
     """
     if type(name) is tuple:
         return ["tuple", [describe_label(part) for part in name]]
-    known = _CELLS.get(type(name))
-    if known is None or name != name:  # noqa: PLR0124 (NaN)
-        raise Unpackable(f"has a name of type {type(name).__qualname__}", "name it by a text")
+    kind = type(name)
+    numpy: Any = sys.modules["numpy"]
+    is_label = isinstance(name, numpy.generic) and name.dtype.str[1:] in _LABELS and kind is numpy.dtype(name.dtype.str).type
+    known = _CELLS.get(kind)
+    if known is None and not is_label:
+        raise Unpackable(f"has a name of type {kind.__module__}.{kind.__qualname__}", "name it by a text")
+    if name != name:  # noqa: PLR0124 (NaN)
+        raise Unpackable("has NaN for a name", "name it by a text")
+    if known is None:
+        return ["numpy", [name.dtype.str[1:], float(name).hex() if name.dtype.kind == "f" else str(int(name))]]
     return [known[0], known[1](name)]

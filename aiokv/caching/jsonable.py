@@ -92,7 +92,9 @@ def find_not_native(value: object) -> Difference | None:  # noqa: PLR0911 (one f
     if kind in _NATIVE_ATOMS or kind is float:
         reason = unholdable(value)
         return None if reason is None else Difference("", f"holds {reason}", is_type=False)
-    return Difference("", f"is of type {kind.__qualname__}", is_type=True)
+    # The bool of numpy is called bool, too.
+    name = f"numpy.{kind.__qualname__}" if kind.__module__ == "numpy" else kind.__qualname__
+    return Difference("", f"is of type {name}", is_type=True)
 
 
 def find_unholdable(value: object) -> str | None:

@@ -69,7 +69,7 @@ class ArrayForm:
             else issubclass(array.dtype.type, element)
             for element in self._elements
         ):
-            return f"is an array of the dtype {array.dtype.name}, and another is annotated"
+            return f"is an array of the dtype {array.dtype.type.__name__}, and another is annotated"
         if self._dimensions is not None and array.ndim != self._dimensions:
             return f"is an array of {array.ndim} dimensions, and {self._dimensions} are annotated"
         return None
@@ -103,7 +103,11 @@ class ScalarForm:
         """Make the JSON text of a scalar; raise `Unpackable` where it would not come back."""
         kind = type(value)
         if not isinstance(value, self._class) or kind.__module__.partition(".")[0] != "numpy":
-            raise Unpackable(f"is a {kind.__qualname__}, not a {self._class.__qualname__} of numpy", _EXACTLY, is_type=True)
+            raise Unpackable(
+                f"is of type {kind.__module__}.{kind.__qualname__}, not numpy.{self._class.__qualname__}",
+                _EXACTLY,
+                is_type=True,
+            )
         described, body = describe_array(self._numpy.asarray(value), self._numpy)
         return pack_content([_SCALAR, *described], body)
 

@@ -4,12 +4,13 @@ import math
 import re
 from typing import Any, Final, cast
 
-from aiokv.caching.packing import MAX_CONTENT_BYTES, Unpackable
+from aiokv.caching.packing import MAX_CONTENT_BYTES, Unpackable, check_size
+from aiokv.caching.padding import bytes_of
 
 # The other kinds hold pointers.
 _KINDS: Final = frozenset("biufcmMSUV")
 _PLAIN_DTYPE = re.compile(
-    r"[<>|](b1|[iu][1248]|f(2|4|8|12|16)|c(8|16|24|32)|[mM]8(\[\d{0,9}[A-Za-z]{1,2}(/\d{1,9})?\])?|[SUV]\d{1,9})"
+    r"[<>|](b1|[iu][1248]|[qQ]|f(2|4|8|12|16)|c(8|16|24|32)|[mM]8(\[\d{0,9}[A-Za-z]{1,2}(/\d{1,9})?\])?|[SUV]\d{1,9})"
 )
 _MAX_CODE_POINT = 0x10FFFF
 _MAX_FIELDS = 1000
@@ -35,15 +36,12 @@ def describe_array(array: Any, numpy: Any) -> tuple[list[Any], list[Any]]:
         )
     dtype = array.dtype
     described = describe_dtype(dtype, numpy)
+    # Before anything is copied: a view may be far larger than its memory.
+    check_size(int(array.size) * int(dtype.itemsize))
     is_fortran = bool(array.flags.f_contiguous and not array.flags.c_contiguous)
-    if dtype.names is not None:
-        # Field by field: the bytes between fields are arbitrary, and may be a secret's.
-        clean = numpy.zeros(array.shape, dtype, order="F" if is_fortran else "C")
-        _copy_fields(clean, array)
-        array = clean
     array = array.T if is_fortran else array
     shape = [int(length) for length in (array.T if is_fortran else array).shape]
-    content = _bytes_of(array, numpy)
+    content = bytes_of(array, numpy)
     return [described, shape, "F" if is_fortran else "C"], [content.data]
 
 
@@ -68,7 +66,13 @@ def restore_array(described: Any, body: memoryview, numpy: Any) -> Any:
     dtype = restore_dtype(dtype_text, numpy)
     if math.prod(shape) * dtype.itemsize != len(body) or (dtype.itemsize == 0 and math.prod(shape) > MAX_CONTENT_BYTES):
         raise ValueError("the shape of the stored array does not fit its bytes")
-    array = numpy.ndarray(tuple(shape), dtype, buffer=body, order=order).copy(order=order)
+    source = numpy.ndarray(tuple(shape), dtype, buffer=body, order=order)
+    if dtype.names is None:
+        array = source.copy(order=order)
+    else:
+        # numpy copies fields alone. What is between them would be memory that was used before.
+        array = numpy.zeros(source.shape, dtype, order=order)
+        _copy_fields(array, source)
     _check_elements(array, numpy)
     return array
 
@@ -94,6 +98,9 @@ def describe_dtype(dtype: Any, numpy: Any) -> Any:
         return {"base": describe_dtype(dtype.subdtype[0], numpy), "shape": list(map(int, dtype.subdtype[1]))}
     if dtype.names is None:
         text = dtype.str
+        if dtype.type in {numpy.longlong, numpy.ulonglong}:
+            # A class of its own, of which numpy's text says that of `int64`.
+            text = text[0] + dtype.char
         if dtype.itemsize and not (_PLAIN_DTYPE.fullmatch(text) and numpy.dtype(text) == dtype and _is_own(dtype, numpy)):
             raise Unpackable(f"has the dtype {dtype.name}, which is not one of numpy's own", _OBJECTS, is_type=True)
         return text
@@ -157,15 +164,7 @@ def arrays_are_same(one: Any, other: Any, numpy: Any) -> bool:
     """
     if one.shape != other.shape or describe_dtype(one.dtype, numpy) != describe_dtype(other.dtype, numpy):
         return False
-    if one.dtype.names is not None:
-        return all(arrays_are_same(one[name], other[name], numpy) for name in one.dtype.names)
-    return bool(numpy.array_equal(_bytes_of(one, numpy), _bytes_of(other, numpy)))
-
-
-def _bytes_of(array: Any, numpy: Any) -> Any:
-    """Return the elements as bytes, in C order."""
-    flat = numpy.ascontiguousarray(array).reshape(-1)
-    return flat.view(numpy.uint8) if flat.nbytes else numpy.empty(0, numpy.uint8)
+    return bool(numpy.array_equal(bytes_of(one, numpy), bytes_of(other, numpy)))
 
 
 def _copy_fields(to: Any, source: Any) -> None:
@@ -192,7 +191,7 @@ def _check_elements(array: Any, numpy: Any) -> None:
 
 def _is_own(dtype: Any, numpy: Any) -> bool:
     # Several types of other packages, such as bfloat16, have the code of one of numpy's.
-    return cast("Any", numpy.dtype(dtype.str)).type is dtype.type
+    return dtype.type in {numpy.longlong, numpy.ulonglong} or cast("Any", numpy.dtype(dtype.str)).type is dtype.type
 
 
 def _checked_titles(titles: list[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ import types
 import typing
 from typing import Any, Protocol
 
+from aiokv.caching.ambiguity import PACKED
 from aiokv.caching.annotation import rebuild
 from aiokv.caching.numpy_forms import ArrayForm, ScalarForm
 from aiokv.caching.packing import Unpackable
@@ -45,7 +46,10 @@ class Packed:
         except Unpackable as fault:
             raise TypeError(f"a field that {fault.reason} cannot be stored; {fault.advice}") from None
         if form is None:
-            raise TypeError("Packed is for arrays and scalars of numpy, and for tables and series of pandas and pyarrow")
+            raise TypeError(
+                "Packed marks one array or scalar of numpy, or one table or series of pandas or pyarrow; in a union or a "
+                "container mark that part, such as Annotated[np.ndarray, Packed] | None"
+            )
 
         def read(text: str) -> Any:
             try:
@@ -59,6 +63,7 @@ class Packed:
         return core_schema.json_or_python_schema(
             json_schema=core_schema.no_info_after_validator_function(read, core_schema.str_schema()),
             python_schema=core_schema.is_instance_schema(typing.get_origin(source) or source),
+            metadata={PACKED: True},
             serialization=core_schema.plain_serializer_function_ser_schema(
                 write_packed, return_schema=core_schema.str_schema(), when_used="json"
             ),
@@ -160,6 +165,9 @@ def fault_of(text: str) -> tuple[str, bool] | None:
     if not text.startswith(_PYDANTIC_SAYS):
         return None
     kind, _, reason = text.removeprefix(_PYDANTIC_SAYS).partition(", ")
+    if kind == "size":
+        # The advice is that for results of any kind.
+        reason = reason.rpartition(" (")[0]
     return f"holds a value that {reason}", kind == "type"
 
 

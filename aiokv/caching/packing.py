@@ -8,13 +8,15 @@ The content is the length of a head in 4 bytes, the head as JSON, spaces up to a
 import binascii
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Final
 
 import orjson
 
 MAX_CONTENT_BYTES: Final = 32 * 1024 * 1024
-"""The most that one array or table may hold, so that no stored text can fill the memory when it is decompressed."""
+"""The most that the arrays and tables of one result may hold, so that no stored text can fill the memory of a reader."""
 
 PACKAGES: Final = frozenset({"numpy", "pandas", "pyarrow"})
 """The packages whose types are stored so."""
@@ -26,6 +28,10 @@ _WORTH = 7 / 8
 _ALIGNMENT = 16
 _LENGTH_BYTES = 4
 _MAX_HEAD_BYTES = 4 * 1024 * 1024
+_MAX_BYTES_IN_ALL = MAX_CONTENT_BYTES + _MAX_HEAD_BYTES + 2 * _ALIGNMENT
+# What the parts of one result have taken so far; None where the result is one array or table.
+_written: ContextVar[list[int] | None] = ContextVar("_written", default=None)
+_read: ContextVar[list[int] | None] = ContextVar("_read", default=None)
 
 
 class Unpackable(Exception):  # noqa: N818 (of one value, which its caller gets all the same)
@@ -39,11 +45,47 @@ class Unpackable(Exception):  # noqa: N818 (of one value, which its caller gets 
     """
 
     def __init__(self, reason: str, advice: str, *, is_type: bool = False, is_size: bool = False) -> None:
-        super().__init__(f"{'type' if is_type else 'value'}, {reason} ({advice})")
+        super().__init__(f"{'type' if is_type else 'size' if is_size else 'value'}, {reason} ({advice})")
         self.reason = reason
         self.advice = advice
         self.is_type = is_type
         self.is_size = is_size
+
+
+@contextmanager
+def bounded(*, is_write: bool) -> Iterator[None]:
+    """Bound the bytes of all parts of one result that are packed, or unpacked, inside.
+
+    Args:
+        is_write: Whether they are packed.
+    """
+    total = _written if is_write else _read
+    token = total.set([0])
+    try:
+        yield
+    finally:
+        total.reset(token)
+
+
+def check_size(size_bytes: int) -> None:
+    """Refuse what is over `MAX_CONTENT_BYTES`, before it is copied.
+
+    Args:
+        size_bytes: The bytes of an array or a table.
+
+    Raises:
+        Unpackable: They are too many.
+    """
+    if size_bytes > MAX_CONTENT_BYTES:
+        raise _too_large(size_bytes)
+
+
+def _too_large(size_bytes: int) -> Unpackable:
+    return Unpackable(
+        f"takes {size_bytes:,} bytes, over the limit of {MAX_CONTENT_BYTES:,} bytes before compression",
+        "return less of it, or split the work into several calls",
+        is_size=True,
+    )
 
 
 def pack_content(head: object, body: Sequence[Any]) -> bytes:
@@ -65,13 +107,14 @@ def pack_content(head: object, body: Sequence[Any]) -> bytes:
     except (orjson.JSONEncodeError, RecursionError):
         raise Unpackable("has names or attributes that JSON does not hold", "give it plain ones") from None
     if size_bytes > MAX_CONTENT_BYTES or len(start) > _MAX_HEAD_BYTES:
-        raise Unpackable(
-            f"takes {size_bytes + len(start):,} bytes, over the limit of {MAX_CONTENT_BYTES:,} bytes before compression",
-            "return less of it, or split the work into several calls",
-            is_size=True,
-        )
+        raise _too_large(size_bytes + len(start))
     start += b" " * (-(_LENGTH_BYTES + len(start)) % _ALIGNMENT)
     content = b"".join((len(start).to_bytes(_LENGTH_BYTES, "little"), start, *body))
+    written = _written.get()
+    if written is not None:
+        written[0] += len(content)
+        if written[0] > _MAX_BYTES_IN_ALL:
+            raise _too_large(written[0])
     zstandard = _find_zstandard()
     if zstandard is not None and len(content) >= _MIN_COMPRESSED_BYTES:
         compressed = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(content)
@@ -99,6 +142,8 @@ def unpack_content(json: bytes | str) -> tuple[Any, memoryview]:
     content: bytes = binascii.a2b_base64(text[2:-1], strict_mode=True)
     if mark == '"z':
         content = _decompress(content)
+    else:
+        _count(len(content))
     end = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
     if not _LENGTH_BYTES < end <= min(len(content), _MAX_HEAD_BYTES + _ALIGNMENT):
         raise ValueError("the packed content is cut off")
@@ -111,13 +156,23 @@ def _decompress(data: bytes) -> bytes:
         raise ValueError("the packed content needs zstandard")
     try:
         size_bytes = zstandard.frame_content_size(data)
-        if not 0 < size_bytes <= MAX_CONTENT_BYTES + _MAX_HEAD_BYTES + 2 * _ALIGNMENT:
+        if not 0 < size_bytes <= _MAX_BYTES_IN_ALL:
             raise ValueError("the packed content declares no size, or too large a one")
+        _count(size_bytes)
         # A frame that holds more than it declares is an error here, not more memory.
         plain: bytes = zstandard.ZstdDecompressor().decompress(data, max_output_size=size_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError("the packed content is not Zstandard data") from error
     return plain
+
+
+def _count(size_bytes: int) -> None:
+    """Refuse parts of one result that hold too much in all."""
+    read = _read.get()
+    if read is not None:
+        read[0] += size_bytes
+        if read[0] > _MAX_BYTES_IN_ALL:
+            raise ValueError("the packed parts hold too much in all")
 
 
 def _find_zstandard() -> Any:

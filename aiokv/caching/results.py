@@ -18,16 +18,18 @@ defaults, unset fields are left out. Else the stored text is ` [[sets, indices],
 """
 
 import contextlib
+import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import orjson
 
+from aiokv.caching.ambiguity import holds_packed, is_ambiguous
 from aiokv.caching.annotation import return_annotation
 from aiokv.caching.jsonable import Difference, find_not_native, find_unholdable, is_native, models_in
 from aiokv.caching.packed import Form, dump_checked, fault_of, find_form, with_packed
-from aiokv.caching.packing import Unpackable
+from aiokv.caching.packing import PACKAGES, Unpackable, bounded
 from aiokv.caching.roundtrip import difference
 from aiokv.caching.schema import Schema, describe, is_json_native_type, type_adapter
 
@@ -44,6 +46,7 @@ _UNREADABLE = frozenset({"json_invalid", "recursion_loop"})
 _SPACES = frozenset({" ", ord(" ")})
 _ALIKE = "whose JSON looks the same"
 _SUBCLASS = "is of a subclass"
+_OVERSIZE = "before compression"
 # Of these JSON keeps the type, whatever is annotated.
 _NATIVE_TYPES = frozenset({str, int, float, bool, list, dict, type(None)})
 _ADVICE = (
@@ -51,6 +54,7 @@ _ADVICE = (
     ("64 bits", "return it as a str"),
     ("surrogate", "replace it, as str.encode(errors='replace') does"),
     ("UTF-8", "set ser_json_bytes and val_json_bytes of its model_config to 'base64'"),
+    (_OVERSIZE, "return less of it, or split the work into several calls"),
     ("deeply", "return something flatter"),
     (_ALIKE, "annotate types that differ in their JSON, such as models with a tag"),
     (_SUBCLASS, "give the subclass a cached method of its own"),
@@ -192,9 +196,30 @@ class ResultCodec:
             validate = self._validate = adapter.validator.validate_json
             if description.has_aliases:
                 self._validate = partial(validate, by_alias=True, by_name=True)
+            if not PACKAGES.isdisjoint(sys.modules) and holds_packed(adapter.core_schema):
+                self._bound(adapter.core_schema)
             self.load = self._load_models if description.has_models else self._validate
             self._plan(description)
         self._resolved = True
+
+    def _bound(self, core_schema: Any) -> None:
+        """Bound what the arrays and tables of one result hold in all; refuse a type that confuses them with texts."""
+        if is_ambiguous(core_schema):
+            raise TypeError(
+                f"{self._name}: the annotated result may have an array or table, and a text or anything, in one place, and "
+                "both are texts in JSON; return a class with a field for each, or one of the two"
+            )
+        to_json, validate = self._to_json, self._validate
+
+        def write(result: object, **options: Any) -> bytes:
+            with bounded(is_write=True):
+                return cast("Callable[..., bytes]", to_json)(result, **options)
+
+        def read(json: bytes | str) -> Any:
+            with bounded(is_write=False):
+                return validate(json)
+
+        self._to_json, self._validate = write, read
 
     def _plan(self, description: Schema) -> None:
         """Choose the ways to write a result, the most likely first."""
@@ -303,7 +328,8 @@ class ResultCodec:
             )
         default = "return only what the annotated type's JSON holds"
         advice = next((advice for text, advice in _ADVICE if text in fault.reason), default)
-        return NotStorable(f"{self._name}: its result{place} {fault.reason}; to have it stored, {advice}")
+        refusal = TooLarge if _OVERSIZE in fault.reason else NotStorable
+        return refusal(f"{self._name}: its result{place} {fault.reason}; to have it stored, {advice}")
 
 
 def _explain(error: Exception, result: object, to_python: Callable[..., object]) -> Difference:  # noqa: PLR0911 (one for each fault)

@@ -370,13 +370,13 @@ class StoredResults:
             # The service may accept less than is known here.
             if self._near is not None:
                 self._near.drop(flight.place)
-            return self._too_large(flight, error, outcome)
+            return self._too_large(flight, error, outcome, must=must)
         self._events.emit("store_error", key)
         raises = (must or self._raises) and outcome.error is None
         return Outcome(error=own_error(flight.store, error, key, "set")) if raises else outcome
 
-    def _too_large(self, flight: Flight, error: ValueTooLargeError, outcome: Outcome) -> Outcome:
-        if self._options.on_oversize == "raise":
+    def _too_large(self, flight: Flight, error: ValueTooLargeError, outcome: Outcome, *, must: bool) -> Outcome:
+        if must or self._options.on_oversize == "raise":
             self._events.emit("not_stored", flight.call.key)
             return Outcome(error=error)
         is_compressed = self._results.is_packed or any(codec.name == "zstd" for codec in self._codecs)

@@ -5,9 +5,11 @@ import struct
 import sys
 from typing import Any, Final
 
+from aiokv.caching.columns import compact
 from aiokv.caching.frames import Composer, Described, looks_same, pandas_class
 from aiokv.caching.jsonable import is_native
-from aiokv.caching.packing import Unpackable, pack_content, unpack_content
+from aiokv.caching.packing import Unpackable, check_size, pack_content, unpack_content
+from aiokv.caching.padding import bytes_of
 
 _CONTINUATION: Final = 0xFFFFFFFF
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
@@ -57,7 +59,7 @@ class FrameForm:
             raise Unpackable(
                 f"is of type {type(value).__qualname__}, and {self._class.__qualname__} is annotated", _EXACTLY, is_type=True
             )
-        described = Described(value)
+        described = Described(value, is_bounded=True)
         if type(described.attributes) is not dict or not is_native(described.attributes):
             raise Unpackable(
                 "has attrs that JSON does not hold", "keep only str, int, float, bool, None, list and dict in them"
@@ -101,10 +103,10 @@ class FrameForm:
             if isinstance(column, list):
                 return arrow.array(column, arrow.large_string())
             if isinstance(column, arrow.Array):
-                return column
+                return compact(column, arrow)
             code = column.dtype.str[1:].partition("[")[0]
             view = _VIEWS.get(code, code)
-            return arrow.array(column.view(view if view in _TYPES else "u1"))
+            return arrow.array(column.view(view) if view in _TYPES else bytes_of(column, sys.modules["numpy"]))
         except (arrow.ArrowException, UnicodeError, TypeError, ValueError) as error:
             raise Unpackable(
                 f"has a column that Arrow cannot hold ({type(error).__qualname__})", "convert it to another type"
@@ -140,7 +142,7 @@ class FrameForm:
 
 
 class ArrowForm:
-    """Tables or record batches of Arrow, with schema, metadata, and their division into chunks.
+    """Tables or record batches of Arrow, with schema and metadata. Chunks may be divided anew.
 
     Args:
         kind: `pyarrow.Table` or `pyarrow.RecordBatch`.
@@ -156,6 +158,8 @@ class ArrowForm:
             raise Unpackable(
                 f"is of type {type(value).__qualname__}, and {self._class.__qualname__} is annotated", _EXACTLY, is_type=True
             )
+        # Before anything is copied. A dictionary, or the memory of views, may count more than once.
+        check_size(sum(column.nbytes for column in value.columns if _is_counted(column.type, self._arrow)))
         return pack_content([_ARROW, self._class.__name__], [self._write(value)])
 
     def load(self, json: bytes | str) -> Any:
@@ -180,8 +184,15 @@ class ArrowForm:
 
     def _write(self, value: Any) -> memoryview:
         batches = value.to_batches() if self._class is self._arrow.Table else [value]
+        make = self._arrow.RecordBatch.from_arrays
         try:
-            return _write_stream(self._arrow, value.schema, batches)
+            seen = [
+                make([compact(column, self._arrow) for column in batch.columns], schema=value.schema)
+                if batch.columns
+                else batch
+                for batch in batches
+            ]
+            return _write_stream(self._arrow, value.schema, seen)
         except self._arrow.ArrowException as error:
             reason = f"cannot be written as Arrow IPC ({type(error).__qualname__})"
             raise Unpackable(reason, "return columns of Arrow's own types") from None
@@ -203,6 +214,18 @@ def find_table_form(kind: type) -> FrameForm | ArrowForm | None:
         return FrameForm(kind)
     arrow: Any = sys.modules.get("pyarrow")
     return ArrowForm(kind) if kind in {getattr(arrow, "Table", None), getattr(arrow, "RecordBatch", None)} else None
+
+
+def _is_counted(kind: Any, arrow: Any) -> bool:
+    return not (arrow.types.is_dictionary(kind) or any(word in str(kind) for word in ("dictionary", "view")))
+
+
+def _check_names(kind: Any) -> None:
+    """Refuse names that are not UTF-8, which Arrow decodes where they are used."""
+    for number in range(kind.num_fields):
+        field = kind.field(number)
+        str(field.name)
+        _check_names(field.type)
 
 
 def _find_roles(described: Any, roles: dict[int, str]) -> None:
@@ -236,6 +259,9 @@ def _open_stream(arrow: Any, body: memoryview) -> tuple[Any, list[Any]]:
             batch.validate(full=True)
             batches.append(batch)
         schema = reader.schema
+    for field in schema:
+        str(field.name)
+        _check_names(field.type)
     if sum(batch.num_rows for batch in batches) > max(8 * len(body), _MAX_ROWS_WITHOUT_BYTES):
         raise ValueError("the stored table has more rows than bits")
     return schema, batches

@@ -1,7 +1,8 @@
-"""Time zones of tables and timestamps, by name or offset, and back. Pure."""
+"""Time zones and frequencies of tables and timestamps, by their names, and back. Pure."""
 
 import datetime as dt
 import importlib
+import sys
 import zoneinfo
 from typing import Any, TypeGuard
 
@@ -49,6 +50,48 @@ def restore_zone(described: Any) -> Any:
         # Of pandas 2, which needs it.
         return importlib.import_module("pytz").timezone(content[0])
     raise ValueError("the stored time zone is of an unknown kind")
+
+
+def describe_frequency(offset: Any) -> str:
+    """Describe the frequency of an index by its text.
+
+    Args:
+        offset: A `pandas.offsets.BaseOffset`.
+
+    Raises:
+        Unpackable: The text does not lead back to it, such as that of business days with holidays.
+    """
+    text: str = offset.freqstr
+    try:
+        back = sys.modules["pandas"].tseries.frequencies.to_offset(text)
+    except ValueError:
+        back = None
+    if back is None or _state_of(back) != _state_of(offset):
+        raise Unpackable("has a frequency that its freqstr does not say in full", "set the freq of that index to None")
+    return text
+
+
+def describe_period(dtype: Any, text: str) -> str:
+    """Describe the frequency of periods by its text.
+
+    Args:
+        dtype: A `pandas.PeriodDtype`.
+        text: The text.
+
+    Raises:
+        Unpackable: The text does not lead back to it.
+    """
+    if _state_of(type(dtype)(text).freq) != _state_of(dtype.freq):
+        raise Unpackable("has periods of a frequency that its text does not say in full", "convert them with asfreq")
+    return text
+
+
+def _state_of(offset: Any) -> tuple[object, ...]:
+    """Return all that distinguishes a frequency; its `==` leaves out the calendar."""
+    parameters = dict(offset.kwds)
+    calendar = parameters.pop("calendar", None)
+    days = None if calendar is None else (calendar.weekmask.tobytes(), calendar.holidays.tobytes())
+    return offset, type(offset), offset.n, offset.normalize, parameters, days
 
 
 def _is_pytz(zone: Any) -> TypeGuard[Any]:
