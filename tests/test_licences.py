@@ -32,7 +32,7 @@ def licence_of(name: str) -> str:
     classified = [line for line in about.get_all("Classifier") or () if line.startswith("License :: OSI Approved :: ")]
     if classified:
         return ", ".join(line.rsplit(" :: ", 1)[1] for line in classified)
-    return str(about["License"]).split("\n", 1)[0]
+    return str(about["License"] or "").split("\n", 1)[0]
 
 
 def families(licence: str) -> set[str]:
@@ -59,5 +59,7 @@ def test_listed_licence_is_the_one_that_the_package_names(name: str) -> None:
         licence = licence_of(name)
     except PackageNotFoundError:
         pytest.skip(f"{name} is not installed: pip install 'aiokv[dev]'")
+    if not licence:
+        pytest.skip(f"the metadata of {name} name no licence; that of its repository is listed")
     # The words differ from release to release.
     assert families(listed()[name][1]) == families(licence)

@@ -7,7 +7,7 @@ from typing import Any
 
 from aiokv.caching.arrays import array_identity
 from aiokv.caching.naming import Unencodable
-from aiokv.caching.packing import Unpackable
+from aiokv.caching.unpackable import Unpackable
 
 Identify = Callable[[Any], object]
 

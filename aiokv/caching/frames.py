@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
-from aiokv.caching.packing import MAX_CONTENT_BYTES, Unpackable, check_size
+from aiokv.caching.packing import MAX_CONTENT_BYTES, check_size
+from aiokv.caching.unpackable import Unpackable
 from aiokv.caching.zones import describe_frequency, describe_period, describe_zone, restore_zone
 
 _PLAIN_KINDS: Final = frozenset("biufcmM")

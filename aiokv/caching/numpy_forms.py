@@ -6,7 +6,8 @@ import typing
 from typing import Any, Final
 
 from aiokv.caching.numpy_values import arrays_are_same, describe_array, restore_array
-from aiokv.caching.packing import Unpackable, pack_content, unpack_content
+from aiokv.caching.packing import pack_content, unpack_content
+from aiokv.caching.unpackable import Unpackable
 
 _ARRAY: Final = "array"
 _SCALAR: Final = "scalar"

@@ -4,8 +4,9 @@ import math
 import re
 from typing import Any, Final, cast
 
-from aiokv.caching.packing import MAX_CONTENT_BYTES, Unpackable, check_size
+from aiokv.caching.packing import MAX_CONTENT_BYTES, check_size
 from aiokv.caching.padding import bytes_of
+from aiokv.caching.unpackable import Unpackable
 
 # The other kinds hold pointers.
 _KINDS: Final = frozenset("biufcmMSUV")

@@ -156,5 +156,5 @@ def ttl_seconds(name: str, value: Ttl) -> float:
     """
     seconds = _seconds(name, value)
     if not MIN_CACHE_TTL_SECONDS <= seconds <= MAX_TTL_SECONDS:
-        raise ValueError(f"{name} must be from 1 to {MAX_TTL_SECONDS:,} seconds (30 days), not {seconds:g}")
+        raise ValueError(f"{name} must be from 1 to {MAX_TTL_SECONDS:,} seconds (30 days), not {seconds:,}")
     return seconds

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from aiokv.caching.ambiguity import PACKED
 from aiokv.caching.annotation import rebuild
 from aiokv.caching.numpy_forms import ArrayForm, ScalarForm
-from aiokv.caching.packing import Unpackable
+from aiokv.caching.unpackable import Unpackable
 
 _ADVICE = "return it in a simpler form"
 _PYDANTIC_SAYS = "Error serializing to JSON: PydanticSerializationError: Error calling function `write_packed`: Unpackable: "

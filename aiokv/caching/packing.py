@@ -15,6 +15,8 @@ from typing import Any, Final
 
 import orjson
 
+from aiokv.caching.unpackable import Unpackable
+
 MAX_CONTENT_BYTES: Final = 32 * 1024 * 1024
 """The most that the arrays and tables of one result may hold, so that no stored text can fill the memory of a reader."""
 
@@ -32,24 +34,6 @@ _MAX_BYTES_IN_ALL = MAX_CONTENT_BYTES + _MAX_HEAD_BYTES + 2 * _ALIGNMENT
 # What the parts of one result have taken so far; None where the result is one array or table.
 _written: ContextVar[list[int] | None] = ContextVar("_written", default=None)
 _read: ContextVar[list[int] | None] = ContextVar("_read", default=None)
-
-
-class Unpackable(Exception):  # noqa: N818 (of one value, which its caller gets all the same)
-    """A value that cannot be stored exactly.
-
-    Args:
-        reason: What of it cannot be, as the end of a sentence, without the value.
-        advice: What helps.
-        is_type: Whether no value of its type can be stored.
-        is_size: Whether it is too large.
-    """
-
-    def __init__(self, reason: str, advice: str, *, is_type: bool = False, is_size: bool = False) -> None:
-        super().__init__(f"{'type' if is_type else 'size' if is_size else 'value'}, {reason} ({advice})")
-        self.reason = reason
-        self.advice = advice
-        self.is_type = is_type
-        self.is_size = is_size
 
 
 @contextmanager

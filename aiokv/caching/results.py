@@ -29,9 +29,10 @@ from aiokv.caching.ambiguity import holds_packed, is_ambiguous
 from aiokv.caching.annotation import return_annotation
 from aiokv.caching.jsonable import Difference, find_not_native, find_unholdable, is_native, models_in
 from aiokv.caching.packed import Form, dump_checked, fault_of, find_form, with_packed
-from aiokv.caching.packing import PACKAGES, Unpackable, bounded
+from aiokv.caching.packing import PACKAGES, bounded
 from aiokv.caching.roundtrip import difference
 from aiokv.caching.schema import Schema, describe, is_json_native_type, type_adapter
+from aiokv.caching.unpackable import Unpackable
 
 _NATIVE = "str, int, float, bool, None, list and dict with str keys"
 _TOO_DEEP: Final = Difference("", "is nested too deeply for JSON, or holds itself", is_type=False)

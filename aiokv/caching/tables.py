@@ -8,8 +8,9 @@ from typing import Any, Final
 from aiokv.caching.columns import compact
 from aiokv.caching.frames import Composer, Described, looks_same, pandas_class
 from aiokv.caching.jsonable import is_native
-from aiokv.caching.packing import Unpackable, check_size, pack_content, unpack_content
+from aiokv.caching.packing import check_size, pack_content, unpack_content
 from aiokv.caching.padding import bytes_of
+from aiokv.caching.unpackable import Unpackable
 
 _CONTINUATION: Final = 0xFFFFFFFF
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3

@@ -6,7 +6,7 @@ import sys
 import zoneinfo
 from typing import Any, TypeGuard
 
-from aiokv.caching.packing import Unpackable
+from aiokv.caching.unpackable import Unpackable
 
 
 def describe_zone(zone: Any) -> list[Any]:

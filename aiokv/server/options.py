@@ -18,6 +18,7 @@ from aiokv.server.option_kinds import DURABILITY, FILE, FLAG, NUMBER, SECONDS, S
 
 MIB = 1024 * 1024
 ENVIRONMENT_PREFIX = "AIOKV_SERVE_"
+ACCESS_FILE_VARIABLE = "AIOKV_ACCESS_FILE"
 # What 64 bits hold: a supervisor passes options to its workers as JSON.
 _MOST_WHOLE = 2**63 - 1
 # What shuts out whoever has no key, or readers on the network.
@@ -145,7 +146,8 @@ def resolve_options(flags: Mapping[str, object], environment: Mapping[str, str])
 
     Args:
         flags: The flags that were given, by the option's name; `config` among them.
-        environment: The environment; its variables that begin with `AIOKV_SERVE_` count. See `unknown_variables` for others.
+        environment: The environment; its variables that begin with `AIOKV_SERVE_` count, and `AIOKV_ACCESS_FILE`, the variable
+            of `aiokv access`, where nothing else names an access file. See `unknown_variables` for others.
 
     Returns:
         The options; the first of flag, environment, file and default.
@@ -164,6 +166,9 @@ def resolve_options(flags: Mapping[str, object], environment: Mapping[str, str])
                 raise ConfigurationError(f"{path}: options stand at the top of the file, not in the table {truncated(key)}")
             row = _find(keys, key, f"{path}, key {truncated(key)}")
             values[row.name] = _read(row, value, f"{path}, key {row.key}")
+    if "access_file" not in values and (path_of_access := environment.get(ACCESS_FILE_VARIABLE)):
+        # That of `aiokv access`: who made keys with it expects them to count.
+        values["access_file"] = _read(_ROWS["access_file"], path_of_access, f"environment, {ACCESS_FILE_VARIABLE}")
     variables = {row.variable: row for row in _ROWS.values()}
     for name in given.keys() & variables.keys():
         row, text = variables[name], given[name]

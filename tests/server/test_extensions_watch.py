@@ -303,7 +303,7 @@ async def test_what_is_kept_of_the_past_is_bounded(backend: CountingBackend) -> 
 async def test_a_server_without_watches_names_none() -> None:
     async with serving(MemoryBackend(), max_watches=0) as address:
         answer = await ask(address, head("GET", "/watch/db"))
-        assert (answer.status, answer.headers["aiokv-extensions"]) == (501, "batch, scan, claims")
+        assert (answer.status, answer.headers["aiokv-extensions"]) == (501, "batch, scan, claims, renew")
 
 
 async def test_a_watch_needs_a_client_that_knows_chunks(address: str) -> None:

@@ -27,6 +27,10 @@ CONFIGURATION = """
 include-name = "GET /keys/{db_name}"
 checks.positive_data_acceptance.enabled = false
 checks.use_after_free.enabled = false
+
+[[operations]]
+include-name = "DELETE /keys/{db_name}"
+checks.positive_data_acceptance.enabled = false
 """
 
 

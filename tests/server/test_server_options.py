@@ -272,3 +272,13 @@ def test_reload_may_change_a_protection_and_not_take_it_away(name: str, key: str
     check_reload(ServerOptions(), present)
     with pytest.raises(ConfigurationError, match=f"^{key} is no longer there; to serve without it needs a restart"):
         check_reload(present, present._replace(**{name: None}))
+
+
+def test_access_file_of_the_access_commands_counts_where_nothing_else_names_one(tmp_path: Path) -> None:
+    environment = {"AIOKV_ACCESS_FILE": "of-access"}
+    assert resolve_options(parse(), environment).access_file == "of-access"
+    assert resolve_options(parse(), {**environment, "AIOKV_SERVE_ACCESS_FILE": "of-serve"}).access_file == "of-serve"
+    assert resolve_options(parse("--access-file", "of-flag"), environment).access_file == "of-flag"
+    assert from_file(tmp_path / "kv.toml", 'access-file = "of-file"', **environment).access_file == "of-file"
+    assert resolve_options(parse("--access-file", "none"), environment).access_file is None
+    assert resolve_options(parse(), {"AIOKV_ACCESS_FILE": ""}).access_file is None

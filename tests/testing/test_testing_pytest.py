@@ -128,7 +128,8 @@ def test_nothing(pytestconfig):
     assert pytestconfig.pluginmanager.hasplugin("aiokv")
     assert [name for name in sys.modules if name.partition(".")[0] in ("aiokv", "aiohttp", "orjson")] == []
 """
-    assert "= 1 passed in " in run_pytest(tmp_path, source, *LOOP_SCOPE)
+    # Plug-ins of other packages load what they like.
+    assert "= 1 passed in " in run_pytest(tmp_path, source, *LOOP_SCOPE, "-p", "no:langsmith_plugin")
 
 
 @pytest.mark.slow
