@@ -16,6 +16,7 @@ MAX_BATCH_BODY_BYTES: Final = MAX_BATCH_BYTES
 """Largest body of a batch's request, as JSON."""
 
 _MIN_ERROR_STATUS, _MAX_ERROR_STATUS = 400, 599
+_MIN_FAILURE_STATUS = 500
 
 
 class Batch(NamedTuple):
@@ -256,6 +257,7 @@ def _parse_errors(answer: dict[str, Any], count: int, secrets: tuple[str, ...], 
             raise ValueError("each error of the answer must have a status from 400 to 599 and a text")
         error = error_for_status(status, printable(redact(detail, secrets)), write=is_write)
         if is_write and isinstance(maybe, bool):
-            error.maybe_applied = maybe
+            # Whatever else the answer says: a 4xx is of a write that was refused.
+            error.maybe_applied = maybe and status >= _MIN_FAILURE_STATUS
         errors[index] = error
     return errors

@@ -16,6 +16,8 @@ logger = logging.getLogger("aiokv")
 
 DEFAULT_CLAIM_SECONDS: Final = 15.0
 
+_LONG: Final = 10**15
+
 # To release is a courtesy: a claim ends by itself, so nobody waits long for a store that hangs.
 _MAX_RELEASE_SECONDS = 2.0
 # The loop holds its tasks weakly.
@@ -165,5 +167,7 @@ def check_claim_seconds(seconds: float | timedelta) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(f"seconds must be a number or a timedelta, not {type(seconds).__name__}")
     if not MIN_CLAIM_SECONDS <= seconds <= MAX_CLAIM_SECONDS:
-        raise ValueError(f"seconds must be from {MIN_CLAIM_SECONDS:g} to {MAX_CLAIM_SECONDS:,g}, not {float(seconds):,g}")
+        # A long int has no float; of more digits than that nobody reads the end.
+        shown = f"{seconds:,g}" if abs(seconds) < _LONG or isinstance(seconds, float) else "a longer number"
+        raise ValueError(f"seconds must be from {MIN_CLAIM_SECONDS:g} to {MAX_CLAIM_SECONDS:,g}, not {shown}")
     return float(seconds)

@@ -340,9 +340,9 @@ def _parse_info(info: object, prefix: str) -> KeyInfo:
     if isinstance(info, dict):
         key, expires_at, value_bytes = info.get("key"), number_in(info.get("expires_at")), info.get("value_bytes")
         is_size = type(value_bytes) is int and value_bytes >= 0
-        if isinstance(key, str) and key.startswith(prefix) and expires_at is not None and is_size:
+        if isinstance(key, str) and key and key.startswith(prefix) and expires_at is not None and is_size:
             return KeyInfo(key, expires_at, info["value_bytes"])
-    raise ValueError("each key of the answer must have the prefix, a time of expiry and a size")
+    raise ValueError("each key of the answer must have a key with the prefix, a time of expiry and a size")
 
 
 def number_in(given: object) -> float | None:

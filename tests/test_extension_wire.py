@@ -471,3 +471,16 @@ def test_an_id_that_no_header_can_bear_is_none() -> None:
     parser = EventParser()
     assert parser.feed(b"id: a\xc3\xa4\nevent: lost\ndata: {}\n\n") == [Lost()]
     assert parser.last_event_id == ""
+
+
+@pytest.mark.parametrize(("status", "is_told"), [(400, False), (409, False), (429, False), (500, True), (503, True)])
+def test_write_that_was_refused_is_never_told_as_applied(status: int, *, is_told: bool) -> None:
+    [error] = parse_outcomes(outcomes_body(1, {0: Fault(status, "no", maybe_applied=True)}), 1)
+    assert isinstance(error, CallError)
+    assert error.maybe_applied is is_told
+
+
+def test_listing_with_an_empty_key_is_refused() -> None:
+    body = b'{"keys": [{"key": "", "expires_at": 1.5, "value_bytes": 1}], "next": null, "ordered": true}'
+    with pytest.raises(ValueError, match="each key of the answer must have a key"):
+        parse_page(body, Listing())

@@ -195,14 +195,25 @@ class ScanBackend(Protocol):
             limit: Most entries to delete, from 1 to `MAX_BATCH_KEYS`.
 
         Returns:
-            How many were deleted, and where the next step begins. Without `cursor`, fewer than `limit` are deleted at the end
-            alone.
+            How many were deleted, and where the next step begins. A step may delete fewer than `limit`, or nothing, before
+            the end: a cursor of None alone is the end.
 
         Raises:
             ValueError: The cursor is not one of this backend's.
             CallError: `maybe_applied` is true where some may be gone.
         """
         ...
+
+
+def mark_partly_cleared(error: CallError) -> None:
+    """Let the error of a clear say that some entries are gone all the same.
+
+    Args:
+        error: The error; its `maybe_applied` becomes true.
+    """
+    if not error.maybe_applied:
+        error.maybe_applied = True
+        error.reason = f"{error.reason.removesuffix('; nothing was sent')}; other entries were deleted before"
 
 
 class ClaimOutcome(NamedTuple):

@@ -143,10 +143,10 @@ class MemoryBackend:
     async def scan(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Page:
         """List keys; see `ScanBackend.scan`."""
         now = self._now()
-        first = 0 if cursor is None else _number_of(cursor)
+        first, end = self._range_of(db_name, cursor)
         with self._lock:
-            infos, following = self._walk(db_name, prefix, first, limit, now)
-        return Page(infos, None if following is None else str(following))
+            infos, following = self._walk(db_name, prefix, first, limit, now, end)
+        return Page(infos, None if following is None else f"{following}-{end}")
 
     async def count(self, db_name: str, prefix: str = "") -> int:
         """Count entries; see `ScanBackend.count`. The loop gets its turn between steps."""
@@ -168,12 +168,7 @@ class MemoryBackend:
     async def clear(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Cleared:
         """Delete some entries; see `ScanBackend.clear`. The loop gets its turn between steps."""
         deleted = 0
-        if cursor is None:
-            # Keys that are added from now on have later numbers.
-            namespace = self._namespaces.get(db_name)
-            first, end = 0, 0 if namespace is None else namespace.next_number
-        else:
-            first, end = map(_number_of, cursor.split("-", 1) if "-" in cursor else ("", ""))
+        first, end = self._range_of(db_name, cursor)
         following: int | None = first
         while following is not None and deleted < limit:
             with self._lock:
@@ -288,6 +283,14 @@ class MemoryBackend:
             self._discard(name)
         if found and self._watchers.feeds:
             self._watchers.notify(db_name, [Changed(key, is_delete=True) for _, key in found])
+
+    def _range_of(self, db_name: str, cursor: str | None) -> tuple[int, int]:
+        """Return where a walk goes on, and its end: keys that are added after its beginning have later numbers."""
+        if cursor is None:
+            namespace = self._namespaces.get(db_name)
+            return 0, 0 if namespace is None else namespace.next_number
+        first, end = map(_number_of, cursor.split("-", 1) if "-" in cursor else ("", ""))
+        return first, end
 
     def _walk(  # noqa: PLR0913, PLR0917 (what a walk is)
         self, db_name: str, prefix: str, first: int, limit: int, now: float, end: float = math.inf

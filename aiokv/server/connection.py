@@ -26,6 +26,8 @@ _TURN_BYTES = 32 * 1024
 _MAX_WAITING_BYTES = 64 * 1024
 _LINGER_SECONDS = 2.0
 _MAX_LINGER_BYTES = 4 * 1024 * 1024
+# Counted and logged, but never sent.
+_ABANDONED = refusal(503, "the client has left", closes=True)
 _CLOSE = b"Connection: close\r\n"
 _KEEP_ALIVE = b"Connection: keep-alive\r\n"
 
@@ -65,6 +67,8 @@ class Connection(asyncio.BufferedProtocol):
         """Bytes that are parsed once there is a turn for what is in them."""
         self._watch: tuple[Request, Watcher] | None = None
         """The watch that is being served."""
+        self._listing: asyncio.Task[None] | None = None
+        """The listing, count or clear that is being served."""
         self._unread: list[Request] | None = None
         """Requests with large answers that the client has not read."""
         self._unread_bytes = 0
@@ -88,6 +92,9 @@ class Connection(asyncio.BufferedProtocol):
         self._forget_queue()
         self._give_back()
         self._end_watch()
+        if self._listing is not None:
+            # It can take long, and nobody wants its answer. A clear would delete what its client sets next.
+            self._listing.cancel()
         self._parser.close()
         self._listener.lost(self)
 
@@ -144,7 +151,13 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """Answer what is complete to a client that sends nothing more; called by the loop."""
         # TLS cannot be half closed.
-        if self.is_tls or self._lingered_bytes >= 0 or self._watch is not None or not self._has_turns():
+        if (
+            self.is_tls
+            or self._lingered_bytes >= 0
+            or self._watch is not None
+            or self._listing is not None
+            or not self._has_turns()
+        ):
             return False
         self._is_half_closed = True
         return True
@@ -381,11 +394,20 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._answering = True
         if result is not None:
-            self._listener.run(self._serve_later(request, result))
+            task = self._listener.run(self._serve_later(request, result))
+            if request.verb == "keys":
+                self._listing = task
 
     async def _serve_later(self, request: Request, answering: Coroutine[None, None, Answer]) -> None:
         try:
-            answer = await answering
+            try:
+                answer = await answering
+            except asyncio.CancelledError:
+                if self._transport is None:
+                    self._send(request, _ABANDONED)
+                raise
+            finally:
+                self._listing = None
             if isinstance(answer, Watcher):
                 self._begin_watch(request, answer)
             else:

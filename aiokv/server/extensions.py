@@ -11,7 +11,7 @@ from typing import Any, Final
 import orjson
 
 from aiokv.backends.base import Backend
-from aiokv.backends.capabilities import Entry, capabilities_of
+from aiokv.backends.capabilities import Entry, ScanBackend, capabilities_of
 from aiokv.batch_wire import Batch, Fault, outcomes_body, parse_batch, values_body
 from aiokv.claim_wire import claim_body, parse_claim_query, released_body
 from aiokv.errors import CallError
@@ -49,6 +49,8 @@ _ROUTES: Mapping[bytes, tuple[str, tuple[bytes, ...], str]] = {
     b"claims": ("claims", (b"PUT", b"DELETE"), "claim"),
     b"watch": ("watch", (b"GET",), "watch"),
 }
+# A count that takes longer would end after its client has given up.
+_COUNT_SECONDS = 8.0
 # Each may hold 8 MiB of values and as much of an answer.
 _MAX_READS_AT_ONCE = 8
 
@@ -250,8 +252,8 @@ class Extensions:
             try:
                 outcomes = await backend.set_many(request.db_name, entries) if entries else ()
             finally:
-                for size_bytes in held:
-                    self._quotas.end_set(request.account, size_bytes)
+                for number in held:
+                    self._quotas.end_set(request.account, number)
             _check_count(outcomes, entries)
         faults |= self._faults({index: error for index, error in zip(places, outcomes, strict=True) if error is not None})
         return Answer(200, outcomes_body(count, dict(sorted(faults.items()))))
@@ -263,26 +265,19 @@ class Extensions:
         account, quotas = request.account, self._quotas
         if not quotas.has_quota(account):
             return entries, ()
-        taken: list[Entry] = []
-        held: list[int] = []
-        for index, entry in enumerate(entries):
-            size_bytes = len(entry.value.encode())
-            reason = quotas.check_set(account, request.db_name, entry.key, size_bytes)
-            if reason is not None:
-                faults[index] = Fault(507, reason)
-                continue
-            counted = quotas.begin_set(account, size_bytes)
-            if counted is not None:
-                held.append(counted)
-            taken.append(entry)
-        return taken, held
+        reasons, numbers = quotas.begin_batch(
+            account, request.db_name, [(entry.key, len(entry.value.encode())) for entry in entries]
+        )
+        faults.update((index, Fault(507, reason)) for index, reason in reasons.items())
+        taken = [entry for index, entry in enumerate(entries) if index not in reasons]
+        return taken, [number for number in numbers if number is not None]
 
     async def _keys(self, request: Request) -> Answer:
         backend = self._capabilities.scan
         assert backend is not None  # noqa: S101 (admitted)
         what, listing = request.parsed
         if what == "count":
-            return Answer(200, count_body(await backend.count(request.db_name, listing.prefix)))
+            return await self._count(backend, request.db_name, listing.prefix)
         try:
             cursor = None if listing.cursor is None else restore_cursor(listing.cursor, listing.prefix)
             if what == "clear":
@@ -295,6 +290,18 @@ class Extensions:
         else:
             return Answer(200, page_body(page, listing.prefix, is_ordered=backend.scans_in_order))
         return refusal(400, "after is no cursor of this store; begin again without it")
+
+    async def _count(self, backend: ScanBackend, db_name: str, prefix: str) -> Answer:
+        bound = asyncio.timeout(_COUNT_SECONDS)
+        try:
+            async with bound:
+                return Answer(200, count_body(await backend.count(db_name, prefix)))
+        except TimeoutError:
+            if not bound.expired():
+                raise
+        return refusal(
+            503, f"the store has too many keys to count them in {_COUNT_SECONDS:g} s; list them in pages: GET /keys/"
+        )
 
     async def _claims(self, request: Request) -> Answer:
         backend = self._capabilities.claim
@@ -309,12 +316,12 @@ class Extensions:
             return Answer(200 if outcome.is_held else 409, claim_body(outcome))
         reason = self._quotas.check_claim(request.account)
         # Those under way count, too. Nothing of it is a value.
-        counted_bytes = self._quotas.begin_set(request.account, 0)
+        counted = self._quotas.begin_set(request.account, 0)
         try:
             outcome = await backend.claim(request.db_name, request.key, owner, seconds)
         finally:
-            if counted_bytes is not None:
-                self._quotas.end_set(request.account, counted_bytes)
+            if counted is not None:
+                self._quotas.end_set(request.account, counted)
         if reason and outcome.is_new:
             # Only now is it known that it was no renewal, which must always go on.
             await backend.release(request.db_name, request.key, owner)

@@ -142,15 +142,19 @@ class Listener:
             listening.close()
         self._accepting.clear()
 
-    def run(self, serving: Coroutine[None, None, None]) -> None:
+    def run(self, serving: Coroutine[None, None, None]) -> "asyncio.Task[None]":
         """Serve in a task what has to be waited for.
 
         Args:
             serving: What is to be run.
+
+        Returns:
+            The task, which the listener holds.
         """
         task = self._loop.create_task(serving)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def opened(self, connection: Connection) -> None:
         """Take note of a connection; called by it."""

@@ -1,5 +1,6 @@
 """`Owner`: what a connection belongs to."""
 
+from asyncio import Task
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
@@ -30,8 +31,8 @@ class Owner(Protocol):
     date: bytes
     is_draining: bool
 
-    def run(self, serving: Coroutine[None, None, None]) -> None:
-        """Serve in a task what has to be waited for."""
+    def run(self, serving: Coroutine[None, None, None]) -> Task[None]:
+        """Serve in a task what has to be waited for; return the task."""
         ...
 
     def opened(self, connection: Any) -> None:

@@ -1,7 +1,8 @@
 """What one account may use: requests a second, bytes and entries."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from aiokv import clock as process_clock
 from aiokv.backends.base import Backend, HostedBackend, ImmediateBackend, Usage, WouldWaitError
@@ -9,6 +10,7 @@ from aiokv.errors import CallError, CorruptValueError
 from aiokv.record import Record
 
 _NOTHING = Usage(0, 0)
+_ABSENT = -1
 # A caller that waited exactly as long as it was told finds a whole token, whatever the rounding.
 _ROUNDING = 1e-9
 
@@ -37,6 +39,18 @@ class AccountLimits(Record):
             number = getattr(self, name)
             if number is not None and number < 0:
                 raise ValueError(f"{name} must be 0 or more, or None for no limit, not {number!r}")
+
+
+class _Set:
+    """A set that is under way; of a claim without a name."""
+
+    __slots__ = ("name", "old_bytes", "value_bytes")
+
+    def __init__(self, name: tuple[str, str] | None, value_bytes: int) -> None:
+        self.name = name
+        self.value_bytes = value_bytes
+        self.old_bytes: int | None = None
+        """Bytes of the entry that it replaces, `_ABSENT` where there is none; None while nobody has looked."""
 
 
 class Quotas:
@@ -69,7 +83,9 @@ class Quotas:
         self._clock = clock
         # The tokens of each account, and the time at which they were counted.
         self._buckets: dict[str, tuple[float, float]] = {}
+        self._sets: dict[str, dict[int, _Set]] = {}
         self._under_way: dict[str, Usage] = {}
+        self._numbers = itertools.count(1)
 
     def admit(self, account: str) -> float:
         """Take one request from an account's bucket.
@@ -157,45 +173,133 @@ class Quotas:
         reason = self.refuse_set(account, usage, under_way.value_bytes, value_bytes, under_way.entries)
         if reason is None or self._get_now is None:
             return reason
-        try:
-            old = self._get_now(db_name, key)
-        except CorruptValueError:
-            # How large it was is not known; it must be possible to set it anew.
-            replaced = Usage(value_bytes, 1)
-            return self.refuse_set(account, usage, under_way.value_bytes, value_bytes, under_way.entries, replaced)
-        except (WouldWaitError, CallError):
-            return reason
-        replaced = _NOTHING if old is None else Usage(len(old.encode()), 1)
-        return self.refuse_set(account, usage, under_way.value_bytes, value_bytes, under_way.entries, replaced)
+        growth, sizes = self._growth(account)
+        old_bytes = self._old_bytes((db_name, key), value_bytes, sizes)
+        return self.refuse_set(account, usage, growth.value_bytes, value_bytes, growth.entries, _replaced(old_bytes))
 
-    def begin_set(self, account: str, value_bytes: int) -> int | None:
+    def begin_batch(
+        self, account: str, db_name: str, entries: Sequence[tuple[str, int]]
+    ) -> tuple[dict[int, str], Sequence[int | None]]:
+        """Check the sets of a batch, which apply in their order, and count those that may go on as under way.
+
+        What one of them replaces makes room for those behind it.
+
+        Args:
+            account: The account.
+            db_name: The namespace, the account included.
+            entries: Key and bytes of each set.
+
+        Returns:
+            Why sets are refused, by their index, as `refuse_set`; and what `end_set` gets for each of the others.
+        """
+        reasons: dict[int, str] = {}
+        if self._hosted is None or not self._has_quota(account):
+            return reasons, ()
+        usage, under_way = self._usage(self._hosted, account), self.under_way(account)
+        all_bytes = sum(value_bytes for _, value_bytes in entries)
+        # As if the largest number of entries came with the last byte of all of them.
+        reserved = Usage(under_way.value_bytes, under_way.entries + len(entries) - 1)
+        if self._get_now is None or self.refuse_set(account, usage, reserved.value_bytes, all_bytes, reserved.entries) is None:
+            return self._begin_each(account, db_name, entries)
+        growth, sizes = self._growth(account)
+        grown_bytes, grown_entries = growth.value_bytes, growth.entries
+        own: dict[str, int] = {}
+        for index, (key, value_bytes) in enumerate(entries):
+            old_bytes = own.get(key)
+            if old_bytes is None:
+                old_bytes = self._old_bytes((db_name, key), value_bytes, sizes)
+            reason = self.refuse_set(account, usage, grown_bytes, value_bytes, grown_entries, _replaced(old_bytes))
+            if reason is not None:
+                reasons[index] = reason
+                continue
+            grown_bytes += value_bytes - max(0, old_bytes)
+            grown_entries += old_bytes == _ABSENT
+            own[key] = value_bytes
+        taken = [entry for index, entry in enumerate(entries) if index not in reasons]
+        return reasons, [self.begin_set(account, value_bytes, (db_name, key)) for key, value_bytes in taken]
+
+    def _begin_each(
+        self, account: str, db_name: str, entries: Sequence[tuple[str, int]]
+    ) -> tuple[dict[int, str], Sequence[int | None]]:
+        reasons: dict[int, str] = {}
+        numbers = []
+        for index, (key, value_bytes) in enumerate(entries):
+            reason = self.check_set(account, db_name, key, value_bytes)
+            if reason is None:
+                numbers.append(self.begin_set(account, value_bytes, (db_name, key)))
+            else:
+                reasons[index] = reason
+        return reasons, numbers
+
+    def begin_set(self, account: str, value_bytes: int, name: tuple[str, str] | None = None) -> int | None:
         """Count a set as under way, until `end_set`.
 
         Args:
             account: The account.
             value_bytes: Bytes of the set's value.
+            name: Namespace and key, by which it is known what the set replaces; None for what is no value.
 
         Returns:
-            The bytes for `end_set`, or None where the account has no quota and nothing is counted.
+            A number for `end_set`, or None where the account has no quota and nothing is counted.
         """
         if not self._has_quota(account):
             return None
+        number = next(self._numbers)
+        self._sets.setdefault(account, {})[number] = _Set(name, value_bytes)
         others = self.under_way(account)
         self._under_way[account] = Usage(others.value_bytes + value_bytes, others.entries + 1)
-        return value_bytes
+        return number
 
-    def end_set(self, account: str, value_bytes: int) -> None:
+    def end_set(self, account: str, number: int) -> None:
         """Count a set as under way no more.
 
         Args:
             account: The account.
-            value_bytes: What `begin_set` got.
+            number: What `begin_set` returned.
         """
-        all_ = self._under_way[account]
-        if all_.entries > 1:
+        sets = self._sets[account]
+        value_bytes = sets.pop(number).value_bytes
+        if sets:
+            all_ = self._under_way[account]
             self._under_way[account] = Usage(all_.value_bytes - value_bytes, all_.entries - 1)
         else:
-            del self._under_way[account]
+            del self._sets[account], self._under_way[account]
+
+    def _growth(self, account: str) -> tuple[Usage, dict[tuple[str, str], int]]:
+        """Return by how much the sets under way can make an account grow, and the largest value on its way to each entry.
+
+        One that replaces an entry by a smaller one may still fail, and so makes no room before it is stored.
+        """
+        value_bytes = entries = 0
+        sizes: dict[tuple[str, str], int] = {}
+        for each in self._sets.get(account, {}).values():
+            if each.name is None:
+                entries += 1
+                continue
+            old_bytes = sizes.get(each.name)
+            if old_bytes is None:
+                if each.old_bytes is None:
+                    each.old_bytes = self._old_bytes(each.name, each.value_bytes, {})
+                old_bytes = each.old_bytes
+            entries += old_bytes == _ABSENT
+            value_bytes += max(0, each.value_bytes - max(0, old_bytes))
+            sizes[each.name] = max(old_bytes, each.value_bytes)
+        return Usage(value_bytes, entries), sizes
+
+    def _old_bytes(self, name: tuple[str, str], value_bytes: int, sizes: dict[tuple[str, str], int]) -> int:
+        """Return the bytes of the entry that a set replaces; `_ABSENT` where there is none, or it cannot be read now."""
+        if name in sizes:
+            return sizes[name]
+        if self._get_now is None:
+            return _ABSENT
+        try:
+            old = self._get_now(*name)
+        except CorruptValueError:
+            # How large it was is not known; it must be possible to set it anew.
+            return value_bytes
+        except (WouldWaitError, CallError):
+            return _ABSENT
+        return _ABSENT if old is None else len(old.encode())
 
     def refuse_set(  # noqa: PLR0913, PLR0917 (each is one number of the sum)
         self,
@@ -252,3 +356,7 @@ class Quotas:
     def _has_quota(self, account: str) -> bool:
         limits = self._limits_of(account)
         return limits.max_stored_bytes is not None or limits.max_stored_entries is not None
+
+
+def _replaced(old_bytes: int) -> Usage:
+    return _NOTHING if old_bytes == _ABSENT else Usage(old_bytes, 1)

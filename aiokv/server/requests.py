@@ -79,7 +79,7 @@ class Request:
         received_bytes: Bytes of the body that have arrived.
         seen_bytes: Those that had arrived when the client was last found fast enough.
         held_bytes: Bytes that it holds of the budget.
-        counted_bytes: Bytes that a set counts for its account's quota while it is under way; None where it has none.
+        counted_set: The number by which a set counts for its account's quota while it is under way; None where it has none.
         refusal: The answer of a request whose body is not wanted.
         started: When it was complete, by `time.perf_counter`.
         is_tls: Whether it came by TLS.
@@ -96,7 +96,7 @@ class Request:
     received_bytes = 0
     seen_bytes = 0
     held_bytes = 0
-    counted_bytes: int | None = None
+    counted_set: int | None = None
     refusal: Answer | None = None
     started = 0.0
     is_tls = False

@@ -222,14 +222,14 @@ class Service:
             # The answer is made outside, so that nothing is chained to this error, which holds the value.
             wrong_at = error.start
         else:
-            request.counted_bytes = self.admission.quotas.begin_set(request.account, len(body))
+            request.counted_set = self.admission.quotas.begin_set(request.account, len(body), (request.db_name, request.key))
             return value
         return refusal(400, f"the value is not UTF-8, from byte {wrong_at} on; encode binary data as text, such as base64")
 
     def _count_no_more(self, request: Request) -> None:
-        if request.counted_bytes is not None:
-            self.admission.quotas.end_set(request.account, request.counted_bytes)
-            request.counted_bytes = None
+        if request.counted_set is not None:
+            self.admission.quotas.end_set(request.account, request.counted_set)
+            request.counted_set = None
 
     def answer_fault(self, error: Exception) -> Answer:
         """Make the answer to what a backend raised, and log it.

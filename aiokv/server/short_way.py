@@ -191,12 +191,12 @@ class ShortWay:
         if not budget.take(account, size_bytes, is_large=False):
             return None
         started = perf_counter()
-        counted_bytes: int | None = None
+        counted_set: int | None = None
 
         def done(error: Exception | None) -> None:
             budget.give_back(account, size_bytes)
-            if counted_bytes is not None:
-                quotas.end_set(account, counted_bytes)
+            if counted_set is not None:
+                quotas.end_set(account, counted_set)
             self._answer_set(error, asker, started, size_bytes)
 
         try:
@@ -208,7 +208,7 @@ class ShortWay:
         except Exception as error:  # noqa: BLE001 (every fault becomes an answer)
             # In the loop's next step, as every other end of a set.
             get_running_loop().call_soon(done, error)
-        counted_bytes = quotas.begin_set(account, size_bytes)
+        counted_set = quotas.begin_set(account, size_bytes, (db_name, key))
         return LATER
 
     def _answer_set(self, error: Exception | None, asker: Asker, started: float, size_bytes: int) -> None:

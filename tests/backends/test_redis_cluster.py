@@ -15,6 +15,8 @@ from aiokv.backends.redis.names import entry_key
 from aiokv.backends.redis.topology import slot_of
 from aiokv.backends.redis.urls import parse_url
 from aiokv.backends.watching import Alive, Changed, Lost, Watch
+from aiokv.errors import CallError
+from aiokv.listing import clear_keys
 
 pytestmark = [needs_server, may_start_cluster]
 
@@ -246,3 +248,19 @@ async def test_listing_outlives_a_failover(own_cluster: RedisCluster) -> None:
     assert found == keys
     assert time.monotonic() - started < 15
     await backend.aclose()
+
+
+async def test_clear_that_fails_in_part_says_that_entries_are_gone(own_cluster: RedisCluster) -> None:
+    backend = RedisBackend(parse_url(own_cluster.url), policy=RetryPolicy(attempts=1))
+    try:
+        await backend.set_many("db", [Entry(f"k{i}", "v", 60) for i in range(200)])
+        # The others come before it, and their keys are gone by then.
+        own_cluster.primaries()[-1].kill()
+        with pytest.raises(CallError) as caught:
+            await clear_keys(backend, "db", "")
+        error = caught.value
+        assert (error.verb, error.maybe_applied) == ("clear", True)
+        assert "nothing was sent" not in error.reason
+        assert error.reason.endswith("other entries were deleted before")
+    finally:
+        await backend.aclose()

@@ -1,7 +1,8 @@
 """Listings, counts, clears and claims over a socket."""
 
+import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import pytest
@@ -9,6 +10,7 @@ from extension_clients import ask, content
 from helpers import FakeClock
 from server_clients import connected, head, serving
 
+from aiokv.backends.capabilities import Cleared, Page
 from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.sqlite import SqliteBackend
 
@@ -214,3 +216,62 @@ async def test_a_claim_that_breaks_a_rule_is_refused_without_its_owner(address: 
     answer = await ask(address, head("PUT", f"/claims/db/job{query}"))
     assert answer.status == 400
     assert "SECRET" not in answer.error()
+
+
+class EndlessBackend(MemoryBackend):
+    """A backend whose listings, counts and clears end only where they are cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.cancelled = asyncio.Event(), asyncio.Event()
+
+    async def _go_on(self) -> NoReturn:
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        raise AssertionError
+
+    async def count(self, db_name: str, prefix: str = "") -> int:  # noqa: ARG002
+        await self._go_on()
+
+    async def scan(
+        self,
+        db_name: str,  # noqa: ARG002
+        prefix: str = "",  # noqa: ARG002
+        cursor: str | None = None,  # noqa: ARG002
+        limit: int = 1_000,  # noqa: ARG002
+    ) -> Page:
+        await self._go_on()
+
+    async def clear(
+        self,
+        db_name: str,  # noqa: ARG002
+        prefix: str = "",  # noqa: ARG002
+        cursor: str | None = None,  # noqa: ARG002
+        limit: int = 1_000,  # noqa: ARG002
+    ) -> Cleared:
+        await self._go_on()
+
+
+@pytest.mark.parametrize(("method", "target"), [("GET", "/count/db"), ("GET", "/keys/db"), ("DELETE", "/keys/db")])
+async def test_what_its_client_has_left_is_stopped(method: str, target: str) -> None:
+    backend = EndlessBackend()
+    async with serving(backend) as address, asyncio.timeout(15):
+        async with connected(address) as client:
+            await client.send(head(method, target))
+            await backend.begun.wait()
+            assert not backend.cancelled.is_set()
+        await backend.cancelled.wait()
+
+
+async def test_count_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiokv.server.extensions._COUNT_SECONDS", 0.05)
+    backend = EndlessBackend()
+    async with serving(backend) as address:
+        answer = await ask(address, head("GET", "/count/db"))
+        assert answer.status == 503
+        assert "list them in pages" in answer.error()
+        assert backend.cancelled.is_set()

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiokv.backends.base import Usage
+from aiokv.backends.memory import MemoryBackend
 from aiokv.server.quotas import AccountLimits, Quotas
 
 MAX_BYTES = 1_000
@@ -207,3 +208,95 @@ def test_account_whose_sets_are_asked_about_never_passes_its_quotas(
 def test_limit_out_of_its_range_is_named(limits: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(limits))):
         AccountLimits(**limits)  # type: ignore[arg-type]  # wrong on purpose
+
+
+async def quotas_over(
+    stored: dict[str, str], *, max_bytes: int | None = None, max_entries: int | None = None
+) -> tuple[Quotas, MemoryBackend]:
+    backend = MemoryBackend()
+    for key, value in stored.items():
+        await backend.set("db", key, value, 60)
+    return Quotas(lambda _: AccountLimits(None, max_bytes, max_entries), backend=backend, of_all=True), backend
+
+
+async def test_overwrite_on_its_way_is_no_new_entry() -> None:
+    quotas, _ = await quotas_over({f"k{index}": "v" for index in range(9)}, max_entries=10)
+    number = quotas.begin_set("", 1, ("db", "k1"))
+    assert quotas.check_set("", "db", "new", 1) is None
+    quotas.begin_set("", 1, ("db", "new"))
+    # The same new entry twice is one; another one has no room.
+    assert quotas.check_set("", "db", "new", 1) is None
+    assert quotas.check_set("", "db", "other", 1) is not None
+    assert number is not None
+    quotas.end_set("", number)
+    assert quotas.check_set("", "db", "other", 1) is not None
+
+
+async def test_overwrite_on_its_way_counts_the_bytes_that_it_adds() -> None:
+    quotas, _ = await quotas_over({"big": "v" * 900}, max_bytes=1_000)
+    quotas.begin_set("", 950, ("db", "big"))
+    assert quotas.check_set("", "db", "new", 50) is None
+    assert quotas.check_set("", "db", "new", 51) is not None
+    # It may fail, so what a smaller value frees counts only once that is stored.
+    quotas.begin_set("", 1, ("db", "big"))
+    assert quotas.check_set("", "db", "new", 51) is not None
+    assert quotas.check_set("", "db", "big", 951) is None
+
+
+@pytest.mark.parametrize(
+    ("entries", "refused"),
+    [
+        ([("k1", 1), ("new", 1)], []),
+        ([("new", 1), ("k1", 1)], []),
+        ([("new", 1), ("new", 2), ("other", 1), ("k1", 1)], [2]),
+        ([("k0", 1), ("k1", 1), ("k2", 1), ("new", 1), ("other", 1)], [4]),
+    ],
+)
+async def test_batch_may_overwrite_and_fill_the_last_room_for_entries(
+    entries: list[tuple[str, int]], refused: list[int]
+) -> None:
+    quotas, _ = await quotas_over({f"k{index}": "v" for index in range(9)}, max_entries=10)
+    reasons, numbers = quotas.begin_batch("", "db", entries)
+    assert list(reasons) == refused
+    assert len(numbers) == len(entries) - len(refused)
+
+
+@pytest.mark.parametrize(
+    ("entries", "refused"),
+    [
+        ([("big", 1), ("new", 500)], []),
+        ([("new", 500), ("big", 1)], [0]),
+        ([("big", 950), ("new", 50)], []),
+        ([("big", 950), ("new", 51)], [1]),
+        ([("new", 100), ("new", 1), ("other", 99)], []),
+    ],
+)
+async def test_batch_counts_the_bytes_of_its_sets_in_their_order(entries: list[tuple[str, int]], refused: list[int]) -> None:
+    quotas, _ = await quotas_over({"big": "v" * 900}, max_bytes=1_000)
+    assert list(quotas.begin_batch("", "db", entries)[0]) == refused
+
+
+@given(
+    before=st.dictionaries(st.sampled_from("abcde"), st.integers(0, 300)),
+    entries=st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(0, 300)), max_size=12),
+    limit=st.integers(0, 1_000),
+    most=st.integers(0, 6),
+)
+async def test_batch_is_refused_what_its_sets_alone_in_their_order_would_be(
+    before: dict[str, int], entries: list[tuple[str, int]], limit: int, most: int
+) -> None:
+    stored = {key: "v" * size for key, size in before.items()}
+    together, _ = await quotas_over(stored, max_bytes=limit, max_entries=most)
+    alone, backend = await quotas_over(stored, max_bytes=limit, max_entries=most)
+    refused = []
+    for index, (key, size) in enumerate(entries):
+        if alone.check_set("", "db", key, size) is None:
+            await backend.set("db", key, "v" * size, 60)
+        else:
+            refused.append(index)
+    reasons, numbers = together.begin_batch("", "db", entries)
+    assert list(reasons) == refused
+    for number in numbers:
+        assert number is not None
+        together.end_set("", number)
+    assert together.under_way("") == (0, 0)

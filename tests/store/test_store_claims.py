@@ -300,6 +300,8 @@ async def test_claim_ends_with_its_store(able: AsyncKVStore) -> None:
         (0.99, ValueError, "seconds must be from 1 to 3,600, not 0.99"),
         (3_600.5, ValueError, "seconds must be from 1 to 3,600, not 3,600.5"),
         (float("nan"), ValueError, "not nan"),
+        (10**400, ValueError, "not a longer number"),
+        (-(10**400), ValueError, "not a longer number"),
         (timedelta(hours=2), ValueError, "not 7,200"),
         (True, TypeError, "seconds must be a number or a timedelta, not bool"),
         ("15", TypeError, "not str"),

@@ -46,6 +46,8 @@ _SERVER_ERRORS = 500
 # A step of clearing by a server that gives no cursors, and how many entries the steps may still delete.
 _UNGUIDED = re.compile(r"unguided:([0-9]{1,30})")
 _MAX_UNGUIDED_STEPS = 100
+# What such a server says of itself may be wrong, and nothing else shows that its steps lead anywhere.
+_MAX_UNGUIDED_ENTRIES = 10_000_000
 
 
 class RemoteBackend(Batches):
@@ -160,9 +162,15 @@ class RemoteBackend(Batches):
         if cleared < limit:
             return Cleared(cleared, None)
         # Such a server may say for ever that there is more. Expired entries are deleted and not counted.
-        left = int(unguided[1]) if unguided else 2 * await self.count(db_name, prefix) + _MAX_UNGUIDED_STEPS * limit
+        if unguided:
+            left = int(unguided[1])
+        else:
+            left = min(2 * await self.count(db_name, prefix) + _MAX_UNGUIDED_STEPS * limit, _MAX_UNGUIDED_ENTRIES)
         if left < limit:
-            reason = "the server says that it has deleted far more entries than it had: others write as fast, or it is at fault"
+            reason = (
+                "the server says that it has deleted far more entries than it had, or ten million: others write as fast, "
+                "or it is at fault; where it had so many, clear again"
+            )
             raise self._named(TransportError(reason, maybe_applied=True, transient=False), call)
         return Cleared(cleared, f"unguided:{left - limit}")
 

@@ -75,26 +75,30 @@ class Extensions:
         Raises:
             UnsupportedError: The server lacks it.
         """
+        is_named = extension in self._names
         if status in _UNKNOWING_STATUSES:
             self.learn(", ".join(self._names - {extension}) or None)
         elif extension in self._names or status in _OTHER_STATUSES:
             return
-        raise unsupported(extension, status, maybe_applied=write and status == _OK)
+        raise unsupported(extension, status, maybe_applied=write and status == _OK, is_named=is_named)
 
 
-def unsupported(extension: str, status: int | None = None, *, maybe_applied: bool = False) -> CallError:
+def unsupported(extension: str, status: int | None = None, *, maybe_applied: bool = False, is_named: bool = False) -> CallError:
     """Return the error of a call of an extension that a server lacks.
 
     Args:
         extension: The extension's name in the header.
         status: The status of its answer, or None where it was not asked.
         maybe_applied: Whether it may have done what it was asked for all the same.
+        is_named: Whether its header names the extension, though its status says that it cannot do it.
 
     Returns:
         The error; it names stores that can.
     """
+    named = f"{extension!r} in a header Aiokv-Extensions"
+    why = f"it has {named}, but refuses the call with status {status}" if is_named else f"no {named}"
     return UnsupportedError(
-        f"this service cannot {_ABILITIES[extension]} (no {extension!r} in a header Aiokv-Extensions); "
+        f"this service cannot {_ABILITIES[extension]} ({why}); "
         "stores that can: `aiokv serve` of this version, sqlite:///, memory://, redis://",
         status=status,
         maybe_applied=maybe_applied,

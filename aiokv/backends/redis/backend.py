@@ -162,15 +162,19 @@ class RedisBackend:
 
     async def scan(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Page:
         """List keys; see `ScanBackend.scan`."""
-        return await self._scanner(db_name, prefix).page(cursor, limit)
+        return await self._scanner(db_name, prefix, "scan").page(cursor, limit)
 
     async def count(self, db_name: str, prefix: str = "") -> int:
         """Count entries, which looks at every key of the servers; see `ScanBackend.count`."""
-        return await self._scanner(db_name, prefix).count()
+        return await self._scanner(db_name, prefix, "count").count()
 
     async def clear(self, db_name: str, prefix: str = "", cursor: str | None = None, limit: int = MAX_BATCH_KEYS) -> Cleared:
-        """Delete some entries; see `ScanBackend.clear`. The steps together look once at every key of the servers."""
-        return await self._scanner(db_name, prefix).clear(cursor, limit)
+        """Delete some entries; see `ScanBackend.clear`. The steps together look once at every key of the servers.
+
+        One step takes about half a second at most, and may delete nothing. The first step deletes fewer than `limit`
+        entries only at the end, or where its time is over.
+        """
+        return await self._scanner(db_name, prefix, "clear").clear(cursor, limit)
 
     async def claim(self, db_name: str, key: str, owner: str, seconds: float) -> ClaimOutcome:
         """Take or renew a claim; see `ClaimBackend.claim`. A failover can lose it: see the documentation."""
@@ -250,8 +254,8 @@ class RedisBackend:
         holds, left = await self._caller.run_one(command, self._policy, self._durability)
         return ClaimOutcome(holds == _HELD, 0.0 if holds == _FREE else max(int(left), 1) / 1000)
 
-    def _scanner(self, db_name: str, prefix: str) -> Scanner:
-        return Scanner(self._caller, self._topology, self._policy, self._durability, db_name, prefix)
+    def _scanner(self, db_name: str, prefix: str, verb: str) -> Scanner:
+        return Scanner(self._caller, self._topology, self._policy, self._durability, db_name, prefix, verb)
 
     def _overdue(self, command: Command, started: float) -> CallError:
         return CallTimeoutError(

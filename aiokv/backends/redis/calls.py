@@ -83,6 +83,10 @@ class Caller:
         self._watching: asyncio.TimerHandle | None = None
         self._under_way = 0
 
+    def now(self) -> float:
+        """Return the loop's time."""
+        return self._loop.time()
+
     def close(self) -> None:
         """Refuse further commands, and further attempts of those under way."""
         self.is_closed = True

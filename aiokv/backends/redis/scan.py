@@ -7,17 +7,23 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Self
 
-from aiokv.backends.capabilities import MAX_BATCH_KEYS, Cleared, KeyInfo, Page
+from aiokv.backends.capabilities import Cleared, KeyInfo, Page, mark_partly_cleared
 from aiokv.backends.http.retry import RetryPolicy
 from aiokv.backends.redis.calls import Caller, Command, Durability
 from aiokv.backends.redis.names import entry_key, entry_prefix, pattern_of
 from aiokv.backends.redis.nodes import pack
 from aiokv.backends.redis.topology import SLOTS, Topology, slot_of
+from aiokv.backends.redis.urls import CLUSTER
 from aiokv.errors import CallError, CorruptValueError, ResponseError
 from aiokv.limits import MAX_TTL_SECONDS
 
 # So many steps make a page, whether they found anything or not.
 _STEPS: Final = 16
+# A step of clearing ends after that many seconds or calls of SCAN, even where it found nothing to delete.
+_CLEAR_SECONDS: Final = 0.5
+_CLEAR_SCANS: Final = 256
+# The server stands still for each SCAN; so many keys take it a few milliseconds.
+_MOST_SCANNED_AT_ONCE: Final = 5_000
 _RUN_ID_CHARS: Final = 12
 _HASH_CHARS: Final = 8
 _CURSOR = re.compile(r"([0-9]{1,5})\.([0-9a-f]{0,12})\.([0-9]{1,20})(?:\.([A-Za-z0-9_-]*))?")
@@ -83,6 +89,7 @@ class Scanner:
         durability: Which replicas must have a deletion.
         db_name: The namespace.
         prefix: What the keys begin with.
+        verb: What errors call the call.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 (all that a listing needs to know)
@@ -93,12 +100,14 @@ class Scanner:
         durability: Durability | None,
         db_name: str,
         prefix: str,
+        verb: str = "scan",
     ) -> None:
         self._caller = caller
         self._topology = topology
         self._policy = policy
         self._durability = durability
         self._db_name = db_name
+        self._verb = verb
         self._pattern = pattern_of(db_name, prefix)
         self._skipped_bytes = len(entry_prefix(db_name))
 
@@ -118,13 +127,14 @@ class Scanner:
         """
         place: _Place | None = _Place.parse(cursor)
         infos: dict[str, KeyInfo] = {}
-        is_narrow = False
+        is_narrow, wide = False, 0
         for _ in range(_STEPS):
             if place is None or limit - len(infos) <= limit // 8:
                 break
             is_narrow = is_narrow or bool(place.seen)
             # Fewer than there is room for: a step can find more than it was asked for, and those must not be lost.
-            step = await self._step(place, 1 if is_narrow else max(1, (limit - len(infos)) * 3 // 4))
+            usual = max(1, (limit - len(infos)) * 3 // 4)
+            step = await self._step(place, 1 if is_narrow else max(wide, usual))
             if step.run_id != place.run_id and place.scanned:
                 # The order of the keys is another one since the server was started anew, or has failed over.
                 place = _Place(step.first_slot, step.run_id)
@@ -134,6 +144,10 @@ class Scanner:
             if len(keys) <= room:
                 infos.update(await self._describe(keys, step.now))
                 place, is_narrow = self._after(step), False
+                # Among many keys of others, larger parts are sooner through.
+                wide = 0 if keys else min(2 * max(wide, usual), _MOST_SCANNED_AT_ONCE)
+            elif wide > usual:
+                wide = 0
             elif infos:
                 break
             elif not is_narrow:
@@ -160,6 +174,8 @@ class Scanner:
     async def clear(self, cursor: str | None, limit: int) -> Cleared:
         """Delete some keys, in one pass over the servers.
 
+        Each step gets further, however fast others set keys: what they set behind the place of the pass stays.
+
         Args:
             cursor: As for `ScanBackend.clear`.
             limit: As for `ScanBackend.clear`.
@@ -175,30 +191,40 @@ class Scanner:
         if cursor is not None:
             found = _CLEARING_CURSOR.fullmatch(cursor)
             number, place_text = (0, "") if found is None else (int(found[1]), found[2])
-        place: _Place | None = _Place.parse(place_text)
-        deleted, count = 0, limit
-        while place is not None:
-            step = await self._step(place, count)
-            if step.run_id != place.run_id and place.scanned:
-                place = _Place(step.first_slot, step.run_id)
-                continue
-            if len(step.keys) > limit and count > 1:
-                # Every call must get further, however fast others set keys in the same part of the table.
-                count = max(1, count // 8)
-                continue
-            keys = step.keys[: limit - deleted]
-            deleted += await self._delete(keys)
-            if len(keys) == len(step.keys):
-                place, count = self._after(step), limit
-            if deleted >= limit:
-                break
+        clearing = _Clearing(_Place.parse(place_text), limit, is_filled=cursor is None)
+        until = self._caller.now() + _CLEAR_SECONDS
+        try:
+            for _ in range(_CLEAR_SCANS):
+                await self._clear_some(clearing)
+                if clearing.is_full or clearing.place is None or self._caller.now() >= until:
+                    break
+        except CallError as error:
+            if clearing.deleted:
+                mark_partly_cleared(error)
+            raise
         # Numbered, since the place may be that of the step before.
-        return Cleared(deleted, None if place is None else f"{number + 1}/{place}")
+        return Cleared(clearing.deleted, None if clearing.place is None else f"{number + 1}/{clearing.place}")
+
+    async def _clear_some(self, clearing: "_Clearing") -> None:
+        """Delete what one SCAN finds, or a part of it where the step has no room for all."""
+        place, room = clearing.place or _Place(), clearing.room
+        step = await self._step(place, 1 if clearing.is_narrow else clearing.count)
+        if step.run_id != place.run_id and place.scanned:
+            clearing.place = _Place(step.first_slot, step.run_id)
+            return
+        keys = list(dict.fromkeys(step.keys))
+        if len(keys) <= room:
+            clearing.deleted += await self._delete(keys)
+            clearing.go_on(self._after(step), len(keys))
+        elif not clearing.is_narrowed():
+            # Even the smallest part has too many: a few keys, since a table grows with them.
+            clearing.deleted += await self._delete(keys[:room])
+            clearing.place, clearing.is_full = _Place(step.first_slot, step.run_id, place.scanned), True
 
     async def _count(self, first_slot: int) -> int:
         place, count = _Place(first_slot), 0
         while True:
-            step = await self._step(place, MAX_BATCH_KEYS)
+            step = await self._step(place, _MOST_SCANNED_AT_ONCE)
             if step.run_id != place.run_id and place.scanned:
                 place, count = _Place(step.first_slot, step.run_id), 0
                 continue
@@ -237,13 +263,13 @@ class Scanner:
         )
         found = re.search(rb"run_id:([0-9a-f]+)", info if isinstance(info, bytes) else str(info).encode())
         if found is None:
-            raise ResponseError("the server does not name its run", verb="scan", db_name=self._db_name)
+            raise ResponseError("the server does not name its run", verb=self._verb, db_name=self._db_name)
         run_id = found[1][:_RUN_ID_CHARS].decode()
         now = int(seconds) + int(microseconds) / 1e6
         return _Step(first_slot, run_id, now, int(scanned), list(self._texts(raw)))
 
     def _command(self, slot: int, packed: bytes, reply_count: int = 1) -> Command:
-        return Command("scan", self._db_name, "", slot, packed, reply_count=reply_count)
+        return Command(self._verb, self._db_name, "", slot, packed, reply_count=reply_count)
 
     def _texts(self, raw: Iterable[bytes]) -> Iterable[str]:
         for wire_key in raw:
@@ -258,7 +284,7 @@ class Scanner:
         for key in keys:
             wire_key = entry_key(self._db_name, key)
             packed = pack(b"PTTL", wire_key) + pack(b"STRLEN", wire_key)
-            commands.append(Command("scan", self._db_name, key, slot_of(wire_key), packed, reply_count=2))
+            commands.append(Command(self._verb, self._db_name, key, slot_of(wire_key), packed, reply_count=2))
         infos: dict[str, KeyInfo] = {}
         for key, result in zip(keys, await self._caller.run(commands, self._policy), strict=True):
             if isinstance(result, CorruptValueError):
@@ -275,12 +301,72 @@ class Scanner:
         return infos
 
     async def _delete(self, keys: Sequence[str]) -> int:
-        results = await self._caller.run([delete_command(self._db_name, key) for key in keys], self._policy, self._durability)
-        for result in results:
-            if isinstance(result, CallError):
-                result.maybe_applied = True
-                raise result
-        return sum(results)
+        if not keys:
+            return 0
+        if self._topology.kind == CLUSTER:
+            commands = [delete_command(self._db_name, key)._replace(verb=self._verb) for key in keys]
+        else:
+            # One command, which a node of a cluster would not take, costs a small part of many.
+            packed = pack(b"UNLINK", *(entry_key(self._db_name, key) for key in keys))
+            commands = [Command(self._verb, self._db_name, "", 0, packed, write=True)]
+        results = await self._caller.run(commands, self._policy, self._durability)
+        error = next((result for result in results if isinstance(result, CallError)), None)
+        if error is None:
+            return sum(results)
+        if any(not isinstance(result, CallError) or result.maybe_applied for result in results):
+            mark_partly_cleared(error)
+        raise error
+
+
+class _Clearing:
+    """One step of clearing: where it stands and what it has done.
+
+    Attributes:
+        place: Where it stands; None at the end.
+        count: How many keys the next SCAN is asked for.
+        deleted: How many entries it has deleted.
+        is_narrow: Whether the next SCAN is asked for the smallest part, since a larger one held too many keys.
+        is_full: Whether the step ends here.
+    """
+
+    def __init__(self, place: _Place, limit: int, *, is_filled: bool) -> None:
+        self.place: _Place | None = place
+        self.deleted = 0
+        self.is_narrow = False
+        self.is_full = False
+        self._limit = limit
+        # A client that does not know cursors takes a step that is not filled for the end.
+        self._enough_room = 0 if is_filled else limit // 8
+        self.count = self._usual_count()
+
+    @property
+    def room(self) -> int:
+        """How many more entries may be deleted."""
+        return self._limit - self.deleted
+
+    def go_on(self, place: _Place | None, found: int) -> None:
+        """Take the next place, behind a SCAN that has found so many keys."""
+        self.place, self.is_narrow = place, False
+        # Among many keys of others, larger parts are sooner through; a part with too many of ours is asked for again.
+        self.count = self._usual_count() if found else min(2 * self.count, _MOST_SCANNED_AT_ONCE)
+        self.is_full = self.room <= self._enough_room
+
+    def is_narrowed(self) -> bool:
+        """Ask for less after a SCAN with too many keys, or end the step; return False where there is no less."""
+        usual = self._usual_count()
+        if self.is_narrow:
+            return False
+        if self.count > usual:
+            self.count = usual
+        elif self.deleted and self._enough_room:
+            self.is_full = True
+        else:
+            self.is_narrow = True
+        return True
+
+    def _usual_count(self) -> int:
+        # Fewer than there is room for: a SCAN can find more than it was asked for.
+        return max(1, self.room * 3 // 4)
 
 
 def delete_command(db_name: str, key: str) -> Command:

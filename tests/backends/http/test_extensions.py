@@ -158,6 +158,47 @@ async def test_server_without_cursors_that_deletes_for_ever_is_found_out() -> No
     assert service.asked.count("DELETE keys") < 200
 
 
+async def test_server_without_cursors_that_names_any_count_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiokv.backends.http.backend._MAX_UNGUIDED_ENTRIES", 20_000)
+    service = ExtensionService()
+
+    async def lie(request: web.BaseRequest) -> web.Response:
+        return service.respond(200, b'{"deleted": 1000}' if request.method == "DELETE" else b'{"count": 1000000000000}')
+
+    async with connected(service) as backend:
+        service.override = lie
+        with pytest.raises(TransportError, match="far more entries than it had, or ten million"):
+            await clear_keys(backend, "db", "")
+    assert service.asked.count("DELETE keys") < 30
+
+
+async def test_server_with_ever_new_cursors_that_finds_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiokv.listing._MAX_EMPTY_STEPS", 20)
+    service = ExtensionService()
+    numbers = itertools.count()
+
+    async def lie(request: web.BaseRequest) -> web.Response:
+        number = next(numbers)
+        # Anything that is found shows progress, and begins the count anew.
+        found = int(number == 10)
+        if request.method == "DELETE":
+            return service.respond(200, orjson.dumps({"deleted": found, "next": f":{number}"}))
+        info = {"key": "k", "expires_at": 1.5, "value_bytes": 1}
+        return service.respond(200, orjson.dumps({"keys": [info] * found, "next": f":{number}", "ordered": False}))
+
+    async def open_scan() -> RemoteBackend:
+        return backend
+
+    async with connected(service) as backend:
+        service.override = lie
+        with pytest.raises(TransportError, match="nothing in 20 steps") as cleared:
+            await clear_keys(backend, "db", "")
+        assert (cleared.value.maybe_applied, next(numbers)) == (True, 31)
+        numbers = itertools.count()
+        with pytest.raises(TransportError, match="nothing in 20 steps"):
+            assert not [info async for info in list_keys(open_scan, "db", "")]
+
+
 @pytest.mark.parametrize("cursors", [[":a"], [":a", ":b"], [":a", ":b", ":c", ":d", ":e"]])
 async def test_server_whose_cursors_come_again_is_found_out(cursors: list[str]) -> None:
     service = ExtensionService()
@@ -307,7 +348,9 @@ async def test_refusal_of_the_path_or_the_ability_is_unsupported(verb: str, stat
 
     async with connected(service) as backend:
         service.override = refuse
-        with pytest.raises(UnsupportedError) as caught:
+        with pytest.raises(
+            UnsupportedError, match=rf"it has '\w+' in a header Aiokv-Extensions, but .* status {status}"
+        ) as caught:
             await ASKS[verb](backend)
         assert caught.value.status == status
 
