@@ -11,7 +11,7 @@ async def forecast(city: str) -> dict: ...
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from aiokv.adapters.entries import Entries, Held
 from aiokv.store import AsyncKVStore
@@ -19,11 +19,14 @@ from aiokv.store import AsyncKVStore
 try:
     from aiocache.base import BaseCache  # type: ignore[import-untyped]
     from aiocache.plugins import BasePlugin  # type: ignore[import-untyped]
-    from aiocache.serializers import BaseSerializer, JsonSerializer  # type: ignore[import-untyped]
+    from aiocache.serializers import BaseSerializer, JsonSerializer, NullSerializer  # type: ignore[import-untyped]
 except ImportError as missing:
     raise ImportError("aiokv.adapters.aiocache needs the package aiocache: pip install 'aiokv[aiocache]'") from missing
 
 _Ttl = float | None
+# An entry that begins so holds no plain text, but what the next byte says.
+_MARK: Final = b"\x01"
+_TEXT, _BYTES, _NUMBER = b"t", b"b", b"n"
 
 
 class KVCache(BaseCache):  # type: ignore[misc]
@@ -72,14 +75,14 @@ class KVCache(BaseCache):  # type: ignore[misc]
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._entries.store!r})"
 
-    async def _get(self, key: str, encoding: str | None = "utf-8", _conn: object = None) -> Any:
-        return _decode(await self._entries.get(key), encoding)
+    async def _get(self, key: str, encoding: object = None, _conn: object = None) -> Any:  # noqa: ARG002 (aiocache's own)
+        return _decode(await self._entries.get(key))
 
-    async def _gets(self, key: str, encoding: str | None = "utf-8", _conn: object = None) -> Any:
-        return await self._get(key, encoding)
+    async def _gets(self, key: str, encoding: object = None, _conn: object = None) -> Any:  # noqa: ARG002 (likewise)
+        return _decode(await self._entries.get(key))
 
-    async def _multi_get(self, keys: Iterable[str], encoding: str | None = "utf-8", _conn: object = None) -> list[Any]:
-        return [_decode(held, encoding) for held in await self._entries.get_many(keys)]
+    async def _multi_get(self, keys: Iterable[str], encoding: object = None, _conn: object = None) -> list[Any]:  # noqa: ARG002
+        return [_decode(held) for held in await self._entries.get_many(keys)]
 
     async def _set(self, key: str, value: Any, ttl: _Ttl = None, _cas_token: Any = None, _conn: object = None) -> bool | int:
         data = _encode(value)
@@ -112,13 +115,18 @@ class KVCache(BaseCache):  # type: ignore[misc]
     async def _increment(self, key: str, delta: int, _conn: object = None) -> int:
         async with self._entries.alone(key):
             held = await self._entries.get(key)
+            value = _decode(held)
+            if value is None:
+                # Other serializers read text.
+                value = 0 if isinstance(self.serializer, NullSerializer) else "0"
             try:
-                number = delta if held is None else int(held.data) + delta
+                number = None if isinstance(value, float) else int(value) + delta
             except ValueError:
                 number = None
             if number is None:
                 raise TypeError("Value is not an integer")
-            await self._entries.set(key, str(number).encode(), None if held is None else held.seconds_left)
+            data = _encode(number if isinstance(value, int) else str(number))
+            await self._entries.set(key, data, None if held is None else held.seconds_left)
         return number
 
     async def _expire(self, key: str, ttl: float, _conn: object = None) -> bool:
@@ -154,20 +162,30 @@ class KVCache(BaseCache):  # type: ignore[misc]
 
 
 def _encode(value: Any) -> bytes:
-    """Return what a serializer made, as bytes; a number as its digits, as Redis does."""
-    if isinstance(value, bytes):
-        return value
+    """Return what a serializer made, as bytes from which `_decode` makes the same; a text as it is, as Redis does."""
     if isinstance(value, str):
-        return value.encode(errors="surrogatepass")
+        data = value.encode(errors="surrogatepass")
+        return _MARK + _TEXT + data if data.startswith(_MARK) else data
+    if isinstance(value, bytes):
+        return _MARK + _BYTES + value
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return repr(value).encode()
+        return _MARK + _NUMBER + repr(value).encode()
     raise TypeError(
         f"the serializer returned {type(value).__name__}, and a store takes text, bytes and numbers; "
         "use JsonSerializer or PickleSerializer"
     )
 
 
-def _decode(held: Held | None, encoding: str | None) -> str | bytes | None:
+def _decode(held: Held | None) -> str | bytes | float | None:
+    """Return what `_encode` made an entry of, with its type; None where that is damaged."""
     if held is None:
         return None
-    return held.data if encoding is None else held.data.decode(encoding)
+    is_marked, kind, data = held.data[:1] == _MARK, held.data[1:2], held.data[2:]
+    if is_marked and kind == _BYTES:
+        return data
+    try:
+        if is_marked and kind == _NUMBER:
+            return int(data) if data.strip(b"-").isdigit() else float(data)
+        return (data if is_marked else held.data).decode(errors="surrogatepass")
+    except ValueError:
+        return None

@@ -13,14 +13,13 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
 from functools import wraps
 from typing import Any, Final, TypeVar, cast
 
 import orjson
 
 from aiokv import clock
-from aiokv.adapters.entries import Entries, Held
+from aiokv.adapters.entries import ClaimedElsewhereError, Entries, Held
 from aiokv.errors import BatchError, CallError, UnsupportedError
 from aiokv.store import AsyncKVStore
 
@@ -37,10 +36,11 @@ logger = logging.getLogger("aiokv")
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
 _LOG_INTERVAL_SECONDS: Final = 60.0
-# How often a lock that somebody else has is tried again: each try is a call of the store.
 _MIN_LOCK_INTERVAL_SECONDS: Final = 0.02
 _PAGE_KEYS: Final = 100
 _ABSENT: Final = object()
+# A backend of the user's own may raise what its driver does, such as ConnectionError.
+_FAILURES: Final = (CallError, BatchError, OSError)
 # The first byte of what an entry holds: a whole number, a serialized value, bits, texts of a set, moments of a window.
 _INT, _VALUE, _BITS, _SET, _WINDOW = b"i", b"v", b"b", b"s", b"w"
 
@@ -53,7 +53,7 @@ def _falls_back(answer: object) -> Callable[[F], F]:
         async def call(self: "KVBackend", *args: Any, **kwargs: Any) -> object:
             try:
                 return await command(self, *args, **kwargs)
-            except (CallError, BatchError) as error:
+            except _FAILURES as error:
                 if not self.suppress or isinstance(error, UnsupportedError):
                     raise
                 self.note_failure(error)
@@ -127,6 +127,21 @@ class KVBackend(Backend):
     @_falls_back(False)
     async def set(self, key: str, value: Any, expire: float | None = None, exist: bool | None = None) -> bool:  # noqa: FBT001
         """Store a value; where `exist` is given, only if the key is there or is not."""
+        return await self._set(key, value, expire, exist)
+
+    @_falls_back(True)
+    async def set_lock(self, key: str, value: Any, expire: float) -> bool:
+        """Take a lock unless somebody has it; where the store fails, everybody takes it."""
+        try:
+            is_taken = await self._set(key, value, expire, exist=False)
+        except ClaimedElsewhereError:
+            return False
+        if not is_taken:
+            # cashews asks again at once, and each try is a call of the store.
+            await asyncio.sleep(_MIN_LOCK_INTERVAL_SECONDS)
+        return is_taken
+
+    async def _set(self, key: str, value: Any, expire: float | None, exist: bool | None) -> bool:  # noqa: FBT001
         data = await self._encode(key, value, expire)
         if exist is None:
             async with self._entries.writing(key):
@@ -272,9 +287,7 @@ class KVBackend(Backend):
     @_falls_back(None)
     async def set_add(self, key: str, *values: str, expire: float | None = None) -> None:
         """Add texts to a set."""
-        await self._update(
-            key, _SET, lambda data: (orjson.dumps([*({*orjson.loads(data or b"[]")} | {*values})]), None), expire
-        )
+        await self._update(key, _SET, lambda data: (orjson.dumps([*{*orjson.loads(data or b"[]"), *values}]), None), expire)
 
     @_falls_back(None)
     async def set_remove(self, key: str, *values: str) -> None:
@@ -301,10 +314,12 @@ class KVBackend(Backend):
 
     async def ping(self, message: bytes | None = None) -> bytes:
         """Ask the store, and return the message."""
+        if message == b"LOCK":
+            # cashews asks after each try of a lock; `set_lock` has just seen that the store works.
+            return message
         try:
             await self._entries.get("cashews:ping")
-        except CallError as error:
-            # By this class cashews knows that there can be no lock at present.
+        except _FAILURES as error:
             raise CacheBackendInteractionError(type(error).__qualname__) from None
         return b"PONG" if message is None or message == b"PING" else message
 
@@ -314,12 +329,10 @@ class KVBackend(Backend):
 
     async def is_locked(self, key: str, wait: float | None = None, step: float = 0.1) -> bool:
         """Return whether a lock is held, after waiting for it `wait` seconds at most."""
-        while await self.exists(key):
-            if wait is None or wait <= 0:
-                return True
+        while (is_held := await self.exists(key)) and wait is not None and wait > 0:
             wait -= step
             await asyncio.sleep(step)
-        return False
+        return is_held
 
     @_falls_back(False)
     async def unlock(self, key: str, value: Any) -> bool:
@@ -331,18 +344,6 @@ class KVBackend(Backend):
                 return False
             await self._entries.delete(key)
         return True
-
-    @asynccontextmanager
-    async def lock(
-        self,
-        key: str,
-        expire: float,
-        wait: bool = True,  # noqa: FBT001, FBT002 (cashews' own)
-        check_interval: float = 0,
-    ) -> AsyncGenerator[None]:
-        """Hold a lock for a block, `expire` seconds at most."""
-        async with super().lock(key, expire, wait, max(check_interval, _MIN_LOCK_INTERVAL_SECONDS)):
-            yield
 
     async def _update(
         self,
@@ -366,8 +367,7 @@ class KVBackend(Backend):
         fits = re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL).fullmatch
         keys: list[str] = []
         async for key in self._entries.keys(pattern.partition("*")[0]):
-            if fits(key):
-                keys.append(key)
+            keys += [key] if fits(key) else []
             if len(keys) >= size:
                 yield keys
                 keys = []

@@ -30,6 +30,7 @@ from aiokv.claiming import Claim
 from aiokv.errors import CallTimeoutError, UnsupportedError, truncated
 from aiokv.limits import MAX_TTL_SECONDS, MIN_TTL_SECONDS
 from aiokv.store import AsyncKVStore
+from aiokv.target import Target
 
 logger = logging.getLogger("aiokv")
 
@@ -46,6 +47,12 @@ _REFUSED: Final = re.compile("[\0\ud800-\udfff]")
 _SLACK_SECONDS: Final = 60
 _CLAIM_SECONDS: Final = 5.0
 _MAX_WAIT_SECONDS: Final = 15.0
+# By loop, store and key, for all objects of this process. One that nobody holds or waits for is dropped.
+_locks: "WeakValueDictionary[tuple[int, Target, str], asyncio.Lock]" = WeakValueDictionary()
+
+
+class ClaimedElsewhereError(CallTimeoutError):
+    """Another process has held a key for longer than a call waits; the store works."""
 
 
 class Held(NamedTuple):
@@ -72,7 +79,6 @@ class Entries:
         if not isinstance(store, AsyncKVStore):
             raise TypeError(f"store must be an AsyncKVStore, not {type(store).__name__}; make one with AsyncKVStore('db')")
         self.store = store
-        self._locks: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
         self._has_warned = False
 
     async def get(self, key: str) -> Held | None:
@@ -158,11 +164,10 @@ class Entries:
 
     def writing(self, key: str) -> asyncio.Lock:
         """Return the lock of a key, for `async with`: no block of `alone` runs meanwhile in this process and loop."""
-        # One that nobody holds or waits for is dropped.
-        name = (id(get_running_loop()), key)
-        lock = self._locks.get(name)
+        name = (id(get_running_loop()), self.store.target, key)
+        lock = _locks.get(name)
         if lock is None:
-            lock = self._locks[name] = asyncio.Lock()
+            lock = _locks[name] = asyncio.Lock()
         return lock
 
     async def _claim(self, key: str) -> Claim | None:
@@ -180,7 +185,7 @@ class Entries:
             await claim.__aexit__(None, None, None)
             if clock.monotonic() >= deadline:
                 reason = f"another process has held this key for {_MAX_WAIT_SECONDS:g} seconds"
-                raise CallTimeoutError(reason, verb="claim", db_name=self.store.db_name, key=key, attempts=1)
+                raise ClaimedElsewhereError(reason, verb="claim", db_name=self.store.db_name, key=key, attempts=1)
             await asyncio.sleep(wait_seconds * random.uniform(0.5, 1.5))  # noqa: S311 (no secret)
             wait_seconds = min(wait_seconds * 2, 0.1)
 

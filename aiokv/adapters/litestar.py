@@ -32,8 +32,8 @@ class KVLitestarStore(NamespacedStore):
 
     A key is stored as `namespace:key`; `delete_all` of a store deletes what the stores made by its `with_namespace` hold, too.
 
-    Values without an expiry, or with one of more than 30 days, end after 30 days. `renew_for` reads and writes: no other
-    write of that key through this object comes between the two, while one of another process may.
+    Values without an expiry, or with one of more than 30 days, end after 30 days. `renew_for` reads and writes: no
+    other write of that key in this process and event loop comes between the two, while one of another process may.
 
     Args:
         store: Where values live, in a namespace of their own. Litestar closes it when the app ends.

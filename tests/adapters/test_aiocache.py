@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from helpers import still_clock
+from slow_backend import SlowBackend
 
 from aiokv import AsyncKVStore
 
@@ -38,16 +39,27 @@ def cache(store: AsyncKVStore) -> KVCache:
         (PickleSerializer(), {(1, 2): b"\xff"}),
         (StringSerializer(), "3 °C"),
         (NullSerializer(encoding=None), b"\xff\0"),
+        (PickleSerializer(protocol=0), "text"),
         (NullSerializer(), "text"),
+        (NullSerializer(), "5"),
+        (NullSerializer(), ""),
+        (NullSerializer(), b""),
+        (NullSerializer(), b"text"),
+        (NullSerializer(), b"\xff"),
+        (NullSerializer(), 5),
+        (NullSerializer(), -(2**70)),
+        (NullSerializer(), 2.5),
+        (NullSerializer(), "\x01bx"),
+        (NullSerializer(), "\ud800"),
     ],
-    ids=["json", "pickle", "string", "bytes", "text"],
+    ids=ascii,
 )
 async def test_value_comes_back_as_the_serializer_made_it(store: AsyncKVStore, serializer: Any, value: Any) -> None:
     cache = KVCache(store, serializer=serializer)
     assert await cache.set("k", value)
-    assert await cache.get("k") == value
     assert await cache.multi_set([("a", value), ["b", value]])
-    assert await cache.multi_get(["a", "absent", "b"]) == [value, None, value]
+    first, *others = [await cache.get("k"), *await cache.multi_get(["a", "absent", "b"])]
+    assert (type(first), first, others) == (type(value), value, [value, None, value])
 
 
 async def test_object_without_a_serializer_is_refused(store: AsyncKVStore) -> None:
@@ -111,6 +123,16 @@ async def test_text_cannot_be_incremented(cache: KVCache) -> None:
         await cache.increment("k")
 
 
+async def test_number_without_a_serializer_stays_one(store: AsyncKVStore) -> None:
+    cache = KVCache(store, serializer=NullSerializer())
+    assert [await cache.increment("k", 2), await cache.get("k")] == [2, 2]
+    await cache.set("text", "2")
+    assert [await cache.increment("text"), await cache.get("text")] == [3, "3"]
+    await cache.set("float", 2.5)
+    with pytest.raises(TypeError, match="Value is not an integer"):
+        await cache.increment("float")
+
+
 async def test_expire_sets_a_time_and_takes_it_away(cache: KVCache) -> None:
     with still_clock() as clock:
         await cache.set("short", "v")
@@ -122,6 +144,17 @@ async def test_expire_sets_a_time_and_takes_it_away(cache: KVCache) -> None:
         ]
         clock.advance(5)
         assert await cache.multi_get(["short", "long"]) == [None, "v"]
+
+
+async def test_expire_of_another_cache_of_the_store_undoes_no_write() -> None:
+    backend = SlowBackend()
+    one, other = (KVCache(AsyncKVStore("cache", backend=backend)) for _ in range(2))
+    await one.set("k", "old")
+    expiring = asyncio.create_task(one.expire("k", 100))
+    await backend.reading.wait()
+    await other.set("k", "new")
+    await expiring
+    assert await one.get("k") == "new"
 
 
 async def test_delete_counts_what_was_there(cache: KVCache) -> None:

@@ -270,6 +270,83 @@ async def test_failing_store_is_passed_by_and_logged_once(caplog: pytest.LogCapt
     assert messages == ["the store of cashews failed, and is passed by: ConnectError"]
 
 
+class Failing:
+    """A backend in memory of which some calls fail as a driver's would."""
+
+    def __init__(self, *failing: str) -> None:
+        self.failing = failing
+        self.values: dict[str, str] = {}
+        self.calls = 0
+
+    def _begin(self, call: str) -> None:
+        self.calls += 1
+        if call in self.failing:
+            raise ConnectionError("secret")
+
+    async def get(self, db_name: str, key: str) -> str | None:
+        self._begin("get")
+        return self.values.get(f"{db_name}/{key}")
+
+    async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:  # noqa: ARG002
+        self._begin("set")
+        self.values[f"{db_name}/{key}"] = value
+
+    async def delete(self, db_name: str, key: str) -> None:
+        self._begin("delete")
+        self.values.pop(f"{db_name}/{key}", None)
+
+    async def aclose(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("failing", [["get"], ["set"], ["get", "set", "delete"]], ids=str)
+@pytest.mark.parametrize("wait", [True, False])
+async def test_lock_lets_everybody_in_where_a_call_of_the_store_fails(failing: list[str], *, wait: bool) -> None:
+    cache = cache_over(AsyncKVStore("db", backend=Failing(*failing)))
+    entered = 0
+    async with asyncio.timeout(5):
+        for _ in range(2):
+            async with cache.lock("k", expire=10, wait=wait):
+                entered += 1
+
+        @cache.locked(ttl=10, key="k:{x}")
+        async def locked(x: int) -> int:
+            return x
+
+        assert (await locked(1), entered) == (1, 2)
+
+
+async def test_lock_that_somebody_has_is_tried_again_at_intervals() -> None:
+    backend = Failing()
+    cache = cache_over(AsyncKVStore("db", backend=backend))
+    async with cache.lock("k", expire=10):
+        before = backend.calls
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2), cache.lock("k", expire=10):
+                pass
+        assert 1 <= backend.calls - before <= 11
+
+
+async def test_failure_that_is_no_error_of_aiokv_is_passed_by_too(caplog: pytest.LogCaptureFixture) -> None:
+    cache = cache_over(AsyncKVStore("db", backend=Failing("get", "set", "delete")))
+    assert [await cache.get("k", default=1), await cache.get_many("a", "b", default=2)] == [1, (2, 2)]
+    assert [await cache.set("k", 1), await cache.incr("k"), await cache.delete("k"), await cache.exists("k")] == [
+        *[False, 0],
+        *[False, False],
+    ]
+    assert [record.getMessage() for record in caplog.records if record.name == "aiokv"] == [
+        "the store of cashews failed, and is passed by: ConnectionError"
+    ]
+    raising = cache_over(AsyncKVStore("db", backend=Failing("get", "set")), suppress=False)
+    with pytest.raises(ConnectionError):
+        await raising.get("k")
+    with pytest.raises(ConnectionError):
+        async with raising.lock("k", expire=10):
+            pass
+    with pytest.raises(CacheBackendInteractionError, match="ConnectionError"):
+        await raising.ping()
+
+
 async def test_failing_store_raises_where_that_was_asked_for() -> None:
     cache = cache_over(AsyncKVStore("db", backend=Down()), suppress=False)
     with pytest.raises(ConnectError):

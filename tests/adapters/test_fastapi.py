@@ -2,83 +2,24 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import aiohttp
 import pytest
+from asgi_origin import Headers, Origin, ask
 from helpers import still_clock
 
 from aiokv import AsyncKVStore
 from aiokv.adapters.fastapi import ResponseCache, cached_route
-
-Headers = Iterable[tuple[str, str]]
 
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncGenerator[AsyncKVStore]:
     async with AsyncKVStore("responses", url=f"sqlite:///{tmp_path}/kv.db") as store:
         yield store
-
-
-class Origin:
-    """An ASGI application that answers with what it is told to, and counts its calls."""
-
-    def __init__(self, headers: Headers = (), status: int = 200, bodies: Iterable[bytes] = (b"body",)) -> None:
-        self.headers = list(headers)
-        self.status = status
-        self.bodies = list(bodies)
-        self.requests: list[dict[str, str]] = []
-        self.gate: asyncio.Event | None = None
-        self.after: Callable[[], Awaitable[None]] | None = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.requests.append({name.decode(): value.decode() for name, value in scope["headers"]})
-        number = len(self.requests)
-        if self.gate is not None:
-            await self.gate.wait()
-        assert await receive() == {"type": "http.request", "body": b"", "more_body": False}
-        headers = [(name.encode(), value.encode()) for name, value in [*self.headers, ("X-Call", str(number))]]
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        for index, body in enumerate(self.bodies):
-            await send({"type": "http.response.body", "body": body, "more_body": index + 1 < len(self.bodies)})
-        if self.after is not None:
-            await self.after()
-
-
-class Answer:
-    def __init__(self, messages: list[Any]) -> None:
-        self.messages = messages
-        (start,) = (one for one in messages if one["type"] == "http.response.start")
-        self.status = start["status"]
-        self.headers = {name.decode().lower(): value.decode() for name, value in start["headers"]}
-        self.body = b"".join(one.get("body", b"") for one in messages if one["type"] == "http.response.body")
-        assert not messages[-1].get("more_body")
-
-
-async def ask(app: Any, path: str = "/", headers: Headers = (), method: str = "GET") -> Answer:
-    target, _, query = path.partition("?")
-    scope = {
-        "type": "http",
-        "method": method,
-        "scheme": "http",
-        "path": target,
-        "query_string": query.encode(),
-        "headers": [(b"host", b"example.com"), *((name.encode(), value.encode()) for name, value in headers)],
-        "extensions": {"http.response.pathsend": {}},
-    }
-    messages: list[Any] = []
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Any) -> None:
-        messages.append(message)
-
-    await app(scope, receive, send)
-    return Answer(messages)
 
 
 async def test_second_request_is_served_with_its_age(store: AsyncKVStore) -> None:

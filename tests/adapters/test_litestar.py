@@ -1,5 +1,6 @@
 """A store for Litestar: its interface's promises, and an app that uses it."""
 
+import asyncio
 import itertools
 from collections.abc import AsyncGenerator
 from datetime import timedelta
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers import still_clock
+from slow_backend import SlowBackend
 
 from aiokv import MAX_TTL_SECONDS, AsyncKVStore
 
@@ -81,6 +83,18 @@ async def test_renewed_value_lives_from_then_on(store: KVLitestarStore, renew_fo
         assert await store.get("k") == b"v"
         clock.advance(1)
         assert await store.get("k", renew_for=renew_for) is None
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+async def test_renewal_by_another_object_undoes_no_write(*, is_deleted: bool) -> None:
+    backend = SlowBackend()
+    one, other = (KVLitestarStore(AsyncKVStore("db", backend=backend)).with_namespace("sessions") for _ in range(2))
+    await one.set("k", b"old", 10)
+    renewing = asyncio.create_task(one.get("k", renew_for=100))
+    await backend.reading.wait()
+    await (other.delete("k") if is_deleted else other.set("k", b"new", 10))
+    assert await renewing == b"old"
+    assert await one.get("k") == (None if is_deleted else b"new")
 
 
 async def test_namespaces_are_apart_and_go_with_their_parent(store: KVLitestarStore) -> None:
