@@ -100,7 +100,9 @@ def decode(text: str) -> StoredResponse | None:
         status, reason, headers, vary, is_decoded, received, extra_age, is_text = orjson.loads(head[len(_FORMAT) :])
         content = body.encode() if is_text else base64.b64decode(body, validate=True)
         pairs = tuple([(name + "", value + "") for name, value in headers])
-        if not (isinstance(status, int) and isinstance(reason, str) and isinstance(received, float)):
+        if not (isinstance(status, int) and 200 <= status <= 599):  # noqa: PLR2004 (final ones)
+            return None
+        if not (isinstance(reason, str) and isinstance(received, float)):
             return None
         return StoredResponse(status, reason, pairs, content, dict(vary), bool(is_decoded), received, int(extra_age))
     except (ValueError, TypeError, binascii.Error):
@@ -183,6 +185,18 @@ def time_of(date: str) -> int | None:
         return None
 
 
+def is_whole(stored: StoredResponse, method: str) -> bool:
+    """Return whether a body is as long as its header says.
+
+    Args:
+        stored: The response.
+        method: That of its request.
+    """
+    length = stored.header("content-length")
+    # A decoded body has another length, and a HEAD none.
+    return not length or method == "HEAD" or bool(stored.header("content-encoding")) or length == str(len(stored.body))
+
+
 def keep_seconds(stored: StoredResponse, *, is_shared: bool, revalidate_seconds: int) -> int | None:
     """Return for how long a response is kept: while it is fresh, may be served stale, or is of use to validate.
 
@@ -210,7 +224,7 @@ def age_of(stored: StoredResponse) -> int:
         stored: The response.
     """
     date = time_of(stored.header("date"))
-    return stored.extra_age + (0 if date is None else max(0, int(clock.now()) - date))
+    return stored.extra_age if date is None else max(0, stored.extra_age + int(clock.now()) - date)
 
 
 def _lifetime(stored: StoredResponse, found: Mapping[str, str | None], *, is_shared: bool) -> int:

@@ -11,6 +11,7 @@ from aiohttp.base_protocol import BaseProtocol
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from aiokv.adapters._http_entries import StoredResponse
+from aiokv.adapters._http_flights import Flight
 
 Outcome = Literal["hit", "stale", "revalidated", "shared", "miss", "bypass"]
 """How a response came about; see `outcome_of`."""
@@ -143,12 +144,28 @@ def conditional_request(request: ClientRequest, wanted: Mapping[str, str]) -> Cl
     return conditional
 
 
-async def read_up_to(response: ClientResponse, max_bytes: int) -> bytes | None:
+def can_be_whole(response: ClientResponse) -> bool:
+    """Return whether the end of a body can be told from a connection that broke off.
+
+    Args:
+        response: A response that nobody has read from.
+    """
+    # A stream of events may never end.
+    if response.content_type == "text/event-stream":
+        return False
+    # aiohttp does not say that a coding has been cut off, so the length must, or the chunks.
+    headers = response.headers
+    is_framed = hdrs.CONTENT_LENGTH in headers or hdrs.TRANSFER_ENCODING in headers
+    return is_framed or hdrs.CONTENT_ENCODING not in headers or response.method == hdrs.METH_HEAD
+
+
+async def read_up_to(response: ClientResponse, max_bytes: int, flight: Flight | None) -> bytes | None:
     """Read a whole body, and leave it to be read again.
 
     Args:
         response: A response that nobody has read from.
         max_bytes: How much is read at most.
+        flight: Those who wait for the response.
 
     Returns:
         The body, or None where it is larger or breaks off: the response then still gives all of it, or its error.
@@ -160,6 +177,8 @@ async def read_up_to(response: ClientResponse, max_bytes: int) -> bytes | None:
     size = 0
     try:
         while chunk := await source.readany():
+            if flight is not None:
+                flight.touch()
             chunks.append(chunk)
             size += len(chunk)
             if size > max_bytes:

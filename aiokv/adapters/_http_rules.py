@@ -9,12 +9,12 @@ import re
 import uuid
 from collections.abc import Iterable
 from email.utils import formatdate
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from hishel import CacheMiss, CacheOptions, Entry, FromCache, Headers, IdleClient, NeedRevalidation, Request, Response
 
 from aiokv import clock
-from aiokv.adapters._http_entries import Pairs, StoredResponse, time_of
+from aiokv.adapters._http_entries import Pairs, StoredResponse, directives, time_of
 
 ENTRY_ID: Final = uuid.UUID(int=1)
 """The id of the one entry that hishel is shown at a time."""
@@ -50,7 +50,8 @@ def as_received(headers: Pairs, now: float) -> tuple[Pairs, int]:
     ages = [value for name, value in headers if name.lower() == "age"]
     match = _FIRST_SECONDS(ages[0]) if ages else None
     age = min(int(match[1]), 2**31) if match else 0
-    return kept, max(0, age - max(0, int(now) - date))
+    # Where the origin's clock is ahead, this turns its dates back.
+    return kept, max(0, age - (int(now) - date))
 
 
 def as_lists(headers: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -73,6 +74,7 @@ class Views:
     """
 
     def __init__(self, *, is_shared: bool) -> None:
+        self._is_shared = is_shared
         self.options = CacheOptions(shared=is_shared)
         self._stale_options = CacheOptions(shared=is_shared, allow_stale=True)
 
@@ -139,6 +141,19 @@ class Views:
         state = self.decide(request, stored)
         return state.entry.response.headers["age"] if isinstance(state, FromCache) else None
 
+    def confirmation(self, received: Pairs, *, is_authorized: bool) -> Literal["keep", "leave", "drop"]:
+        """Return what a 304 does to the stored response that it confirms to one request.
+
+        Args:
+            received: The headers of the 304.
+            is_authorized: Whether the request bears `Authorization`: the 304 may then be for its user alone.
+        """
+        found = directives(", ".join([value for name, value in received if name.lower() == "cache-control"]))
+        if "no-store" in found or (self._is_shared and "private" in found):
+            return "drop"
+        may_share = not found.keys().isdisjoint({"public", "s-maxage", "must-revalidate"})
+        return "leave" if self._is_shared and is_authorized and not may_share else "keep"
+
     def stale_age(self, request: Request, stored: StoredResponse, window_seconds: int) -> str | None:
         """Return the `Age` of a stale response that may still be served for so many seconds, or None where it may not.
 
@@ -147,7 +162,7 @@ class Views:
             stored: The response.
             window_seconds: How long after its freshness.
         """
-        if window_seconds <= 0:
+        if window_seconds <= 0 or (self._is_shared and _forbids_stale(stored)):
             return None
         younger = self.entry(request, stored, window_seconds)
         if not isinstance(IdleClient(self.options).next(request, [younger]), FromCache):
@@ -155,6 +170,11 @@ class Views:
         # The response may forbid it, as by `must-revalidate`.
         state = IdleClient(self._stale_options).next(request, [self.entry(request, stored)])
         return state.entry.response.headers["age"] if isinstance(state, FromCache) else None
+
+
+def _forbids_stale(stored: StoredResponse) -> bool:
+    """Return whether a shared cache must not serve a response stale, by RFC 9111, sections 5.2.2.8 and 5.2.2.10."""
+    return not directives(stored.header("cache-control")).keys().isdisjoint({"proxy-revalidate", "s-maxage"})
 
 
 def freshen(stored: StoredResponse, merged: Headers, received: Pairs, extra_age: int) -> StoredResponse:

@@ -6,16 +6,17 @@ No failure of the store leaves here: what cannot be read counts as absent, and w
 import asyncio
 from asyncio import get_running_loop
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 from uuid import uuid4
 
-from aiohttp import ClientHandlerType, ClientRequest, hdrs
+from aiohttp import ClientHandlerType, ClientRequest, NamedPipeConnector, UnixConnector, hdrs
 from hishel import Headers, Request
 
 from aiokv import clock
 from aiokv.adapters import _http_entries as entries
 from aiokv.adapters._http_entries import StoredResponse
+from aiokv.adapters._http_flights import Flight
 from aiokv.caching.access import StoreAccess, access_of
 from aiokv.caching.generations import generations_of
 from aiokv.caching.writes import Write
@@ -39,6 +40,14 @@ def url_of(request: ClientRequest) -> str:
     return str(url.origin()) + url.raw_path_qs
 
 
+def _way_of(request: ClientRequest) -> tuple[str, ...]:
+    """Return what leads a request to another origin than that of its URL: its `Host`, a socket's path."""
+    host, connector = request.headers.get(hdrs.HOST, "").lower(), request.session.connector
+    path = connector.path if isinstance(connector, UnixConnector | NamedPipeConnector) else ""
+    own = "" if host in {(request.url.host_port_subcomponent or "").lower(), ""} else host
+    return ("way", own, path) if own or path else ()
+
+
 class Exchange:
     """One request on its way through the cache.
 
@@ -49,7 +58,7 @@ class Exchange:
         primary: The key of its URL.
     """
 
-    __slots__ = ("access", "directives", "generation", "handler", "key", "land", "pointer", "primary", "request", "url")
+    __slots__ = ("access", "directives", "flight", "generation", "handler", "key", "pointer", "primary", "request", "url")
 
     def __init__(self, request: ClientRequest, handler: ClientHandlerType, access: StoreAccess, primary: str) -> None:
         self.request = request
@@ -60,8 +69,8 @@ class Exchange:
         self.primary = self.key = primary
         self.pointer: tuple[list[str], str] | None = None
         self.generation = 0
-        # Hands the response to those who wait for it.
-        self.land: Callable[[StoredResponse], None] | None = None
+        # Those who wait for the response.
+        self.flight: Flight | None = None
         has_control = hdrs.CACHE_CONTROL in request.headers
         self.directives = entries.directives(", ".join(request.headers.getall(hdrs.CACHE_CONTROL))) if has_control else {}
 
@@ -114,7 +123,7 @@ class ResponseStore:
         self._store = store
         self._is_shared = is_shared
         self._revalidate_seconds = revalidate_seconds
-        self._wait_seconds = wait_seconds
+        self.wait_seconds = wait_seconds
         # Caches over one store supersede each other's fetches.
         self._generations = generations_of(_PREFIX)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,7 +147,7 @@ class ResponseStore:
         user: tuple[str, ...] = ()
         if not self._is_shared:
             user = (request.headers.get(hdrs.AUTHORIZATION, ""), request.headers.get(hdrs.COOKIE, ""))
-        return _PREFIX + entries.digest(method, url_of(request), *user)
+        return _PREFIX + entries.digest(method, url_of(request), *user, *_way_of(request))
 
     async def look_up(self, exchange: Exchange) -> StoredResponse | None:
         """Return what is stored for a request, whether fresh or not; note the key that it has.
@@ -157,7 +166,7 @@ class ResponseStore:
         if text is None:
             return None
         stored = entries.decode(text)
-        if stored is None:
+        if stored is None or not entries.is_whole(stored, exchange.request.method):
             self.counts["undecodable"] += 1
             return None
         is_trusted = self._generations.trusts((exchange.access.target, exchange.primary), stored.received)
@@ -203,26 +212,39 @@ class ResponseStore:
             access: The running loop's.
             keys: Of which URLs.
         """
+        await self._wait_for(self.begin_delete(access, keys))
+
+    def begin_delete(self, access: StoreAccess, keys: Sequence[str], *, is_awaited: bool = True) -> "asyncio.Task[None]":
+        """Begin a delete, and let nothing older be stored.
+
+        Args:
+            access: The running loop's.
+            keys: Of which URLs.
+            is_awaited: False: nothing older is served from here on, either.
+        """
         generations, started = self._generations, clock.now()
         places = {key: (access.target, key) for key in keys}
         raised = {key: generations.raise_for(place) for key, place in places.items()}
+        if not is_awaited:
+            for place in places.values():
+                generations.distrust(place, started)
         writes = [Write(generations, places[key], raised[key], started, None, 0, is_decisive=True) for key in keys]
 
         async def write() -> None:
-            errors, overtaken = await access.write(self._store, writes, self._wait_seconds)
+            errors, overtaken = await access.write(self._store, writes, self.wait_seconds)
             self.counts["store_errors"] += len(errors)
             for key in keys:
                 if key in errors or key in overtaken:
                     generations.distrust(places[key], started)
                 generations.land(places[key], raised[key])
 
-        await self._wait_for(write())
+        return self._begin(write())
 
     async def aclose(self) -> None:
-        """Wait for the writes that are under way; the store stays open."""
+        """Wait for the writes that are under way, as long as a request would; the store stays open."""
         here = [task for task in self._tasks if task.get_loop() is get_running_loop()]
         if here:
-            await asyncio.wait(here)
+            await asyncio.wait(here, timeout=self.wait_seconds)
         access, self._last_access = self._last_access, None
         if access is not None and access.loop is get_running_loop():
             access.users.discard(self)
@@ -230,7 +252,7 @@ class ResponseStore:
                 await access.breaker.aclose()
 
     async def _read(self, access: StoreAccess, key: str) -> str | None:
-        texts, failure = await access.read(self._store, [key], self._wait_seconds)
+        texts, failure = await access.read(self._store, [key], self.wait_seconds)
         if failure is not None:
             self.counts["store_errors"] += 1
         return texts.get(key)
@@ -239,7 +261,7 @@ class ResponseStore:
         access, generations = exchange.access, self._generations
         if not generations.is_current((access.target, exchange.primary), exchange.generation):
             return
-        if access.breaker.writes.is_open(self._wait_seconds):
+        if access.breaker.writes.is_open(self.wait_seconds):
             self.counts["store_errors"] += 1
             return
         started = clock.now()
@@ -249,19 +271,22 @@ class ResponseStore:
         ]
 
         async def write() -> None:
-            errors, _ = await access.write(self._store, writes, self._wait_seconds)
+            errors, _ = await access.write(self._store, writes, self.wait_seconds)
             for error in errors.values():
                 self.counts["too_large" if isinstance(error, ValueTooLargeError) else "store_errors"] += 1
             self.counts["stored"] += not errors
 
-        await self._wait_for(write())
+        await self._wait_for(self._begin(write()))
 
-    async def _wait_for(self, write: Coroutine[Any, Any, None]) -> None:
-        """Wait for a write, but not longer than a request waits for the store; it goes on in any case."""
+    def _begin(self, write: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(write)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        await asyncio.wait([task], timeout=self._wait_seconds)
+        return task
+
+    async def _wait_for(self, task: "asyncio.Task[None]") -> None:
+        """Wait for a write, but not longer than a request waits for the store; it goes on in any case."""
+        await asyncio.wait([task], timeout=self.wait_seconds)
 
     def _keep_seconds(self, stored: StoredResponse) -> int | None:
         return entries.keep_seconds(stored, is_shared=self._is_shared, revalidate_seconds=self._revalidate_seconds)

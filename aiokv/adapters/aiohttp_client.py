@@ -14,12 +14,10 @@ The package hishel decides what may be stored, served and validated. `docs/http-
 """
 
 import asyncio
-import contextlib
-import copy
 from asyncio import AbstractEventLoop, get_running_loop
 from typing import Final, Self
 
-from aiohttp import ClientError, ClientHandlerType, ClientRequest, ClientResponse, hdrs
+from aiohttp import ClientHandlerType, ClientRequest, ClientResponse, hdrs
 
 try:
     from hishel import CacheMiss, Headers, InvalidateEntries, NeedRevalidation, NeedToBeUpdated, Response, StoreAndUse
@@ -29,11 +27,13 @@ except ImportError as missing:
 from aiokv import clock
 from aiokv.adapters import _http_entries as entries
 from aiokv.adapters._http_entries import StoredResponse
+from aiokv.adapters._http_flights import FAILURES, Flight, Landed, Retry
 from aiokv.adapters._http_responses import (
     COUNTS,
     Outcome,
     ResponseCacheInfo,
     build,
+    can_be_whole,
     conditional_request,
     copy_request,
     gateway_timeout,
@@ -56,32 +56,10 @@ DEFAULT_REVALIDATE_SECONDS: Final = 86_400
 _METHODS: Final = ("GET", "HEAD")
 _REFRESH_SECONDS: Final = 60.0
 _MAX_UNSHARED: Final = 1_024
+# What answers a refresh in this way is what the origin has now.
+_REPLACING: Final = frozenset({200, 404, 410})
 # RFC 5861, section 4.
 _SERVER_ERRORS: Final = frozenset({500, 502, 503, 504})
-_FAILURES: Final = (ClientError, OSError, TimeoutError)
-
-
-class _Retry:
-    """The outcome of a flight that says nothing about the origin, as where its request was cancelled."""
-
-
-_Landed = StoredResponse | BaseException | type[_Retry] | None
-
-
-class _Flight:
-    """A request to the origin that others may wait for."""
-
-    __slots__ = ("landed", "place", "primary")
-
-    def __init__(self, place: tuple[AbstractEventLoop, str], primary: str) -> None:
-        self.place = place
-        self.primary = primary
-        self.landed: asyncio.Future[_Landed] = place[0].create_future()
-
-    def land(self, landed: _Landed) -> None:
-        """Let those who wait go on."""
-        if not self.landed.done():
-            self.landed.set_result(landed)
 
 
 class ResponseCache:
@@ -94,7 +72,7 @@ class ResponseCache:
         self._responses = responses
         self._views = views
         self._max_body_bytes = max_body_bytes
-        self._flights: dict[tuple[AbstractEventLoop, str], _Flight] = {}
+        self._flights: dict[tuple[AbstractEventLoop, str], Flight] = {}
         self._refreshes: set[asyncio.Task[None]] = set()
         # Keys whose last response could not be stored: nobody waits for the next one.
         self._unshared: dict[str, None] = {}
@@ -147,11 +125,8 @@ class ResponseCache:
             flight = self._flights.get((exchange.access.loop, exchange.key))
             if flight is None:
                 return await self._lead(exchange, stored, self._take_off(exchange))
-            # Each of those who wait can be cancelled alone.
-            landed = await asyncio.shield(flight.landed)
-            if isinstance(landed, BaseException):
-                raise copy.copy(landed)
-            if landed is _Retry:
+            landed = await flight.wait(exchange.request, exchange.handler)
+            if landed is Retry:
                 continue
             if isinstance(landed, StoredResponse) and (response := self._of_another(exchange, landed)) is not None:
                 return response
@@ -179,29 +154,27 @@ class ResponseCache:
         age = self._views.fresh_age(exchange.view(chosen_by), landed)
         return None if age is None else build(exchange.request, landed, age, "shared")
 
-    def _take_off(self, exchange: Exchange) -> _Flight:
+    def _take_off(self, exchange: Exchange) -> Flight:
         place = (exchange.access.loop, exchange.key)
-        flight = self._flights[place] = _Flight(place, exchange.primary)
-        exchange.land = flight.land
+        flight = self._flights[place] = Flight(place, exchange.primary, exchange.request, exchange.handler)
+        exchange.flight = flight
         return flight
 
-    def _end(self, flight: _Flight, landed: _Landed) -> None:
+    def _end(self, flight: Flight, landed: Landed) -> None:
         if self._flights.get(flight.place) is flight:
             del self._flights[flight.place]
         flight.land(landed)
 
-    async def _lead(self, exchange: Exchange, stored: StoredResponse | None, flight: _Flight) -> ClientResponse:
+    async def _lead(self, exchange: Exchange, stored: StoredResponse | None, flight: Flight) -> ClientResponse:
         """Fetch a response for all requests that wait for it."""
-        landed: _Landed = _Retry
+        landed: Landed = Retry
         try:
             response, landed = await self._fetch(exchange, stored)
-        except _FAILURES as error:
-            # A bare one is the time of this request alone; the others may have more.
-            if type(error) is not TimeoutError:
-                landed = _copy_of(error)
+        except FAILURES as error:
+            flight.fail(error)
             raise
         finally:
-            exchange.land = None
+            exchange.flight = None
             self._end(flight, landed)
         return response
 
@@ -226,7 +199,7 @@ class ResponseCache:
         def end(task: "asyncio.Task[None]") -> None:
             self._refreshes.discard(task)
             # One that is cancelled before it begins.
-            self._end(flight, _Retry)
+            self._end(flight, Retry)
 
         task = asyncio.create_task(refresh())
         self._refreshes.add(task)
@@ -243,7 +216,7 @@ class ResponseCache:
             )
             try:
                 response = await exchange.handler(request)
-            except _FAILURES:
+            except FAILURES:
                 if (stale := self._stale_on_error(exchange, stored)) is None:
                     raise
                 return stale, None
@@ -264,32 +237,52 @@ class ResponseCache:
             if isinstance(state, NeedToBeUpdated) and stored is not None:
                 response.release()
                 merged = state.updating_entries[-1].response.headers
-                fresh = freshen(stored, merged, pairs, extra_age)
-                await self._keep(exchange, fresh)
-                return build(exchange.request, fresh, str(entries.age_of(fresh)), "revalidated"), fresh
+                return await self._confirm(exchange, freshen(stored, merged, pairs, extra_age), pairs)
             mark(response, "miss")
             if not isinstance(state, StoreAndUse) or "no-store" in exchange.directives:
-                self._not_shared(exchange)
+                await self._leave_out(exchange, stored, response)
                 return response, None
             # hishel takes out what counts for one connection alone.
             kept = state.response.headers
             pairs = tuple([pair for pair in pairs if pair[0] in kept])
-            return response, await self._keep_body(exchange, response, pairs, now, extra_age)
+            fresh = StoredResponse(response.status, response.reason or "", pairs, b"", {}, True, now, extra_age)
+            return response, await self._keep_body(exchange, stored, response, fresh)
+
+    async def _confirm(
+        self, exchange: Exchange, fresh: StoredResponse, received: entries.Pairs
+    ) -> tuple[ClientResponse, StoredResponse | None]:
+        """Serve a stored response that a 304 has confirmed, and store it where others may have what the 304 says."""
+        answer = build(exchange.request, fresh, str(entries.age_of(fresh)), "revalidated")
+        effect = self._views.confirmation(received, is_authorized=hdrs.AUTHORIZATION in exchange.request.headers)
+        if effect == "keep":
+            await self._keep(exchange, fresh)
+            return answer, fresh
+        if effect == "drop":
+            await self._responses.delete(exchange.access, [exchange.key])
+        return answer, None
+
+    async def _leave_out(self, exchange: Exchange, stored: StoredResponse | None, response: ClientResponse) -> None:
+        """Store nothing, and delete what the origin does not have any more."""
+        is_own = hdrs.RANGE in exchange.request.headers or "no-store" in exchange.directives
+        if stored is not None and response.status in _REPLACING and not is_own:
+            await self._responses.delete(exchange.access, [exchange.key])
+        self._not_shared(exchange)
 
     async def _keep_body(
-        self, exchange: Exchange, response: ClientResponse, headers: entries.Pairs, now: float, extra_age: int
+        self, exchange: Exchange, stored: StoredResponse | None, response: ClientResponse, fresh: StoredResponse
     ) -> StoredResponse | None:
         """Read a body and store the response; return it where others may have it."""
-        fresh = StoredResponse(response.status, response.reason or "", headers, b"", {}, True, now, extra_age)
         body: bytes | None = None
         source = response.content
-        # A stream of events may never end.
-        if self._responses.is_worth_keeping(fresh) and response.content_type != "text/event-stream":
-            body = b"" if response.method == hdrs.METH_HEAD else await read_up_to(response, self._max_body_bytes)
+        if self._responses.is_worth_keeping(fresh) and can_be_whole(response):
+            body = (
+                b"" if response.method == hdrs.METH_HEAD else await read_up_to(response, self._max_body_bytes, exchange.flight)
+            )
             if body is None and source.exception() is None:
                 self._responses.counts["too_large"] += 1
         if body is None:
-            self._not_shared(exchange)
+            # A body that broke off does not say what the origin has.
+            await self._leave_out(exchange, stored if source.exception() is None else None, response)
             return None
         fresh.vary = exchange.chosen_by(entries.names_of(fresh.header("vary")) or ())
         fresh.body = body
@@ -300,24 +293,34 @@ class ResponseCache:
 
     async def _keep(self, exchange: Exchange, fresh: StoredResponse) -> None:
         # Those who wait need not wait for the store.
-        if exchange.land is not None:
-            exchange.land(fresh)
+        if exchange.flight is not None:
+            exchange.flight.land(fresh)
         await self._responses.keep(exchange, fresh)
 
     async def _pass_on(self, request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
         """Send a request that the store cannot answer, and delete what it makes invalid."""
         url = url_of(request)
         state = self._views.ask_without_answer(request.method, url)
-        response = await handler(request)
+        try:
+            response = await handler(request)
+        except BaseException:
+            # The origin may have done what was asked. A task that is cancelled does not wait.
+            if isinstance(state.next(Response(200)), InvalidateEntries):
+                self._invalidate(request, is_done=False)
+            raise
         state = state.next(Response(response.status, Headers(as_lists(response.headers.items()))))
         if isinstance(state, InvalidateEntries):
-            self._responses.counts["invalidated"] += 1
-            primaries = [self._responses.primary(request, method) for method in _METHODS]
-            for flight in [flight for flight in self._flights.values() if flight.primary in primaries]:
-                # What comes may be older than the change.
-                del self._flights[flight.place]
-            await self._responses.delete(self._responses.access(), primaries)
+            await asyncio.wait([self._invalidate(request)], timeout=self._responses.wait_seconds)
         return mark(response, "bypass")
+
+    def _invalidate(self, request: ClientRequest, *, is_done: bool = True) -> "asyncio.Task[None]":
+        """Begin to delete what is stored of a URL."""
+        self._responses.counts["invalidated"] += 1
+        primaries = [self._responses.primary(request, method) for method in _METHODS]
+        for flight in [flight for flight in self._flights.values() if flight.primary in primaries]:
+            # What comes may be older than the change.
+            del self._flights[flight.place]
+        return self._responses.begin_delete(self._responses.access(), primaries, is_awaited=is_done)
 
     def _stale_on_error(self, exchange: Exchange, stored: StoredResponse | None) -> ClientResponse | None:
         """Return a stale response in place of a failure, where that is allowed."""
@@ -380,12 +383,3 @@ def caching(
         raise ValueError(f"store_timeout must be above 0 and at most 60 seconds, not {store_timeout}")
     responses = ResponseStore(store, is_shared=shared, revalidate_seconds=revalidate_seconds, wait_seconds=store_timeout)
     return ResponseCache(responses, Views(is_shared=shared), max_body_bytes)
-
-
-def _copy_of(error: BaseException) -> BaseException | type[_Retry]:
-    """Return an error for those who wait, of which each takes a copy: nobody else's traceback is to be in it."""
-    with contextlib.suppress(Exception):
-        copied = copy.copy(error)
-        if type(copied) is type(error) and type(copy.copy(copied)) is type(error):
-            return copied
-    return _Retry

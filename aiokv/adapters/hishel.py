@@ -12,19 +12,17 @@ async with AsyncKVStore("http") as store, AsyncCacheClient(storage=AsyncKVStorag
 `docs/http-responses.md` tells what is stored. For aiohttp there is `aiokv.adapters.aiohttp_client`.
 """
 
-import base64
+import contextlib
 import logging
 import math
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Final, NamedTuple, Protocol, TypeVar, cast
-
-import orjson
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from aiokv import clock
 from aiokv.errors import AioKVError
-from aiokv.limits import MAX_TTL_SECONDS, MAX_VALUE_BYTES, MIN_TTL_SECONDS
+from aiokv.limits import MAX_VALUE_BYTES
 from aiokv.store import AsyncKVStore
 
 try:
@@ -33,18 +31,27 @@ except ImportError as missing:
     raise ImportError("aiokv.adapters.hishel needs the package hishel: pip install 'aiokv[http-cache]'") from missing
 
 from aiokv.adapters import _http_entries as entries
+from aiokv.adapters._hishel_texts import (
+    ENTRY_PREFIX,
+    Row,
+    correct_dates,
+    decode,
+    decode_rows,
+    depend_on_host,
+    encode,
+    encode_rows,
+    index_key,
+    ttl_of,
+)
 
 __all__ = ["DEFAULT_MAX_STREAM_BYTES", "AsyncKVStorage", "BlockingStore", "KVStorage"]
 
 DEFAULT_MAX_STREAM_BYTES: Final = 1_400_000
 """As base64, which takes a third more, with 30,000 bytes of headers, this fits a value of 1.9 MB."""
 
-_FORMAT: Final = "s1"
-_INDEX_PREFIX: Final = "hishel-key:"
-_ENTRY_PREFIX: Final = "hishel-entry:"
 # Where a response depends on one of these, their values would have to be stored.
 _SECRETS: Final = frozenset({"authorization", "cookie", "proxy-authorization"})
-_NEVER_STORED: Final = frozenset({"set-cookie", "set-cookie2"})
+_MAX_REMEMBERED: Final = 10_000
 
 logger = logging.getLogger("aiokv")
 
@@ -69,42 +76,47 @@ class BlockingStore(Protocol):
         ...
 
 
-class _Row(NamedTuple):
-    """One entry in the list of its key."""
-
-    id: str
-    ends: float | None
-    idle_seconds: float | None
-    touched: float
-
-    def expires(self) -> float:
-        """Return when the entry expires, in seconds since the epoch."""
-        idle = math.inf if self.idle_seconds is None else self.touched + self.idle_seconds
-        return min(math.inf if self.ends is None else self.ends, idle)
-
-
 class _Plans:
     """What both storages do with a store, as steps that one of them awaits."""
 
     def __init__(self) -> None:
         self.has_failed = False
+        # Entries that could not be deleted, and lists in which something was perhaps to be deleted.
+        self._dead: dict[str, None] = {}
+        self._unread: dict[str, None] = {}
 
     def read(self, key: str) -> _Plan[list[Entry]]:
         """Find the entries of a key that have not expired."""
+        index = index_key(key)
+        try:
+            return (yield from self._read(index))
+        except GeneratorExit:
+            # The store has failed. Perhaps the entries were to be deleted.
+            _note(self._unread, index)
+            raise
+
+    def _read(self, index: str) -> _Plan[list[Entry]]:
         now = clock.now()
-        index = _index_key(key)
-        rows = _decode_rows((yield "get", index))
+        rows = decode_rows((yield "get", index))
+        for row in rows:
+            if row.id in self._dead:
+                yield from self.remove(uuid.UUID(hex=row.id))
+        if index in self._unread:
+            yield "delete", index
+            self._unread.pop(index, None)
+            rows = []
         found: list[Entry] = []
         is_touched = False
         for number, row in enumerate(rows):
             if now >= row.expires():
                 continue
-            text = yield "get", _ENTRY_PREFIX + row.id
-            decoded = None if text is None else _decode(text)
+            text = yield "get", ENTRY_PREFIX + row.id
+            decoded = None if text is None else decode(text)
             if decoded is None:
                 continue
             request, response, body, _, _ = decoded
-            found.append(Entry(uuid.UUID(hex=row.id), request, replace(response, stream=cast("Any", body))))
+            shown = replace(response, headers=depend_on_host(response.headers), stream=cast("Any", body))
+            found.append(Entry(uuid.UUID(hex=row.id), request, shown))
             # Half of the time is exact enough, and most reads then write nothing.
             if row.idle_seconds is not None and now - row.touched >= row.idle_seconds / 2:
                 rows[number] = row._replace(touched=now)
@@ -113,43 +125,50 @@ class _Plans:
             yield from self._write_rows(index, [row for row in rows if now < row.expires()], now)
         return found
 
-    def publish(self, key: str, row: _Row, text: str) -> _Plan[None]:
+    def publish(self, key: str, row: Row, text: str) -> _Plan[None]:
         """Store an entry, then name it in the list of its key."""
         now = clock.now()
-        index = _index_key(key)
+        index = index_key(key)
         seconds = math.inf if row.ends is None else row.ends - now
         if seconds <= 0:
             return
-        yield "set", _ENTRY_PREFIX + row.id, text, _ttl(seconds)
-        rows = [other for other in _decode_rows((yield "get", index)) if now < other.expires()]
+        yield "set", ENTRY_PREFIX + row.id, text, ttl_of(seconds)
+        others = decode_rows((yield "get", index))
+        rows = [] if index in self._unread else [other for other in others if now < other.expires()]
         yield from self._write_rows(index, [*rows, row], now)
+        self._unread.pop(index, None)
 
     def update(self, entry_id: uuid.UUID, headers: Headers) -> _Plan[None]:
         """Replace the headers of an entry; delete it where they depend on more of the request than was stored."""
-        key = _ENTRY_PREFIX + entry_id.hex
+        key = ENTRY_PREFIX + entry_id.hex
         text = yield "get", key
-        decoded = None if text is None else _decode(text)
+        decoded = None if text is None else decode(text)
         if decoded is None:
             return
         request, response, body, names, ends = decoded
+        if _forbids(headers) and not _forbids(response.headers):
+            # What was for all is for one user now, or for nobody.
+            yield from self.remove(entry_id)
+            return
         now_chosen_by = entries.names_of(headers.get("vary", ""))
         if now_chosen_by is None or not set(now_chosen_by) <= set(names):
-            yield "delete", key
+            yield from self.remove(entry_id)
             return
-        fresh = _encode(request, replace(response, headers=headers), body, names, ends)
+        fresh = encode(request, replace(response, headers=correct_dates(headers, clock.now())), body, names, ends)
         if fresh is not None and len(fresh) <= MAX_VALUE_BYTES:
-            yield "set", key, fresh, _ttl(math.inf if ends is None else ends - clock.now())
+            yield "set", key, fresh, ttl_of(math.inf if ends is None else ends - clock.now())
+
+    def remove(self, entry_id: uuid.UUID) -> _Plan[None]:
+        """Delete an entry: a list that names it is no matter. Until that succeeds, it is not served."""
+        _note(self._dead, entry_id.hex)
+        yield "delete", ENTRY_PREFIX + entry_id.hex
+        self._dead.pop(entry_id.hex, None)
 
     @staticmethod
-    def remove(entry_id: uuid.UUID) -> _Plan[None]:
-        """Delete an entry: a list that names it is no matter."""
-        yield "delete", _ENTRY_PREFIX + entry_id.hex
-
-    @staticmethod
-    def _write_rows(index: str, rows: Iterable[_Row], now: float) -> _Plan[None]:
+    def _write_rows(index: str, rows: Iterable[Row], now: float) -> _Plan[None]:
         kept = list(rows)
         last = max([math.inf if row.ends is None else row.ends for row in kept], default=now)
-        yield "set", index, orjson.dumps([list(row) for row in kept]).decode(), _ttl(last - now)
+        yield "set", index, encode_rows(kept), ttl_of(last - now)
 
     def failed(self, error: Exception) -> None:
         """Log a failure of the store, once until it succeeds."""
@@ -157,6 +176,19 @@ class _Plans:
             self.has_failed = True
             reason = error if isinstance(error, AioKVError) else type(error).__name__
             logger.warning("HTTP responses are not stored, or not read: %s", reason)
+
+
+def _note(names: dict[str, None], name: str) -> None:
+    names[name] = None
+    if len(names) > _MAX_REMEMBERED:
+        # Another thread may do the same.
+        with contextlib.suppress(RuntimeError, StopIteration):
+            names.pop(next(iter(names)), None)
+
+
+def _forbids(headers: Headers) -> bool:
+    found = entries.directives(headers.get("cache-control", ""))
+    return "private" in found or "no-store" in found
 
 
 class _Saving:
@@ -173,14 +205,14 @@ class _Saving:
         now = clock.now()
         self.id = uuid.uuid4()
         self.key = key
-        self.row = _Row(self.id.hex, *storage._limits(*limits, now), now)  # noqa: SLF001 (hishel's, for storages)
+        self.row = Row(self.id.hex, *storage._limits(*limits, now), now)  # noqa: SLF001 (hishel's, for storages)
         self._request = request
-        self._response = response
+        self._response = replace(response, headers=correct_dates(response.headers, now))
         self._max_bytes = MAX_VALUE_BYTES if storage.max_stream_size is None else storage.max_stream_size
         self._chunks: list[bytes] = []
         self._size = 0
         names = entries.names_of(response.headers.get("vary", ""))
-        self._names = names or []
+        self._names = sorted({*(names or ()), "host"})
         self._is_kept = names is not None and _SECRETS.isdisjoint(names)
 
     def feed(self, chunk: bytes) -> None:
@@ -196,7 +228,7 @@ class _Saving:
         """Return what is to be stored, or None where nothing is."""
         if not self._is_kept:
             return None
-        text = _encode(self._request, self._response, b"".join(self._chunks), self._names, self.row.ends)
+        text = encode(self._request, self._response, b"".join(self._chunks), self._names, self.row.ends)
         return text if text is not None and len(text) <= MAX_VALUE_BYTES else None
 
 
@@ -268,6 +300,7 @@ class AsyncKVStorage(AsyncBaseStorage):
             self._plans.has_failed = False
             return cast("_T", done.value)
         except Exception as error:  # noqa: BLE001 (logged: no request fails by its cache)
+            plan.close()
             self._plans.failed(error)
             return otherwise
 
@@ -339,6 +372,7 @@ class KVStorage(BaseStorage):
             self._plans.has_failed = False
             return cast("_T", done.value)
         except Exception as error:  # noqa: BLE001 (logged: no request fails by its cache)
+            plan.close()
             self._plans.failed(error)
             return otherwise
 
@@ -353,48 +387,3 @@ def _give(body: bytes) -> Generator[bytes]:
 
 def _with_stream(response: Response, give: Callable[[bytes], Any]) -> Response:
     return replace(response, stream=give(cast("Any", response.stream)))
-
-
-def _ttl(seconds: float) -> int:
-    """Return a time to live that stores take; the exact end is in what is stored."""
-    return MAX_TTL_SECONDS if seconds >= MAX_TTL_SECONDS else max(MIN_TTL_SECONDS, math.ceil(seconds))
-
-
-def _index_key(key: str) -> str:
-    # Some name their keys themselves, by what may be a secret.
-    return _INDEX_PREFIX + entries.digest(key)
-
-
-def _decode_rows(text: str | None) -> list[_Row]:
-    try:
-        return [_Row(*row) for row in orjson.loads(text or "[]")]
-    except (ValueError, TypeError):
-        return []
-
-
-def _encode(request: Request, response: Response, body: bytes, names: Iterable[str], ends: float | None) -> str | None:
-    try:
-        content, is_text = body.decode(), True
-    except UnicodeDecodeError:
-        content, is_text = base64.b64encode(body).decode("ascii"), False
-    chosen_by = {name: request.headers.get_list(name) for name in names if name in request.headers}
-    headers = {name: response.headers.get_list(name) for name in response.headers if name not in _NEVER_STORED}
-    try:
-        head = orjson.dumps([request.method, request.url, chosen_by, list(names), response.status_code, headers, ends, is_text])
-    except TypeError:
-        # A header that is no UTF-8.
-        return None
-    return f"{_FORMAT}{head.decode()}\n{content}"
-
-
-def _decode(text: str) -> tuple[Request, Response, bytes, list[str], float | None] | None:
-    """Return the parts of an entry, or None where the text is none."""
-    head, newline, content = text.partition("\n")
-    if not newline or not head.startswith(_FORMAT):
-        return None
-    try:
-        method, url, chosen_by, names, status, headers, ends, is_text = orjson.loads(head[len(_FORMAT) :])
-        body = content.encode() if is_text else base64.b64decode(content, validate=True)
-        return Request(method, url, Headers(chosen_by)), Response(status, Headers(headers)), body, names, ends
-    except (ValueError, TypeError, AttributeError):
-        return None
