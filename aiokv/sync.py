@@ -121,7 +121,7 @@ class KVStore:
     ) -> Self:
         """Return a store with other options that shares everything else; see `AsyncKVStore.with_options`."""
         other = copy.copy(self)
-        store = self._store.with_options(timeout=timeout, retry=retry, hedge=hedge, observer=observer)
+        store = _call(lambda: self._store.with_options(timeout=timeout, retry=retry, hedge=hedge, observer=observer))
         other._store = store  # noqa: SLF001 (of this class)
         return other
 
@@ -284,7 +284,9 @@ def _list(infos: AsyncGenerator[KeyInfo]) -> Generator[KeyInfo]:
     generation = pooling.fork_generation
     try:
         while taken := _run(lambda: _take(infos, generation)):
-            yield from taken
+            for info in taken:
+                yield info
+                _check_listing(generation)
     except GeneratorExit:
         # Not waited for: the collector closes what a program has left, in any thread.
         if generation == pooling.fork_generation:
@@ -293,9 +295,13 @@ def _list(infos: AsyncGenerator[KeyInfo]) -> Generator[KeyInfo]:
         raise
 
 
-async def _take(infos: AsyncGenerator[KeyInfo], generation: int) -> list[KeyInfo]:
+def _check_listing(generation: int) -> None:
     if generation != pooling.fork_generation:
         raise RuntimeError("a listing cannot go on in a forked process; call keys there")
+
+
+async def _take(infos: AsyncGenerator[KeyInfo], generation: int) -> list[KeyInfo]:
+    _check_listing(generation)
     taken: list[KeyInfo] = []
     async for info in infos:
         taken.append(info)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
+from aiokv import background
 from aiokv.caching.cache import Cache
 from aiokv.caching.callers import Caller
 from aiokv.caching.events import CacheInfo
@@ -148,7 +149,10 @@ class AwaitedCallable(CachedCallable):
         return getattr(asyncio.coroutines, "_is_coroutine", None)
 
     async def aclose(self) -> None:
-        """Finish or cancel the background work of this function in the running loop."""
+        """Finish the background work of this function in the running loop, within `read_timeout` seconds, and cancel the rest.
+
+        Calls that somebody awaits are waited for as long; they are not cancelled, and go on after that.
+        """
         await self._cache.aclose()
 
 
@@ -160,9 +164,11 @@ class BlockingCallable(CachedCallable):
     def close(self) -> None:
         """Finish what goes on in the background for this function, within `read_timeout` seconds, and drop the rest.
 
-        A function that runs cannot be cancelled: it goes on in its thread, and its result is not stored.
+        Calls in other threads are waited for as long, and go on after that. A refresh in the background cannot be cancelled: it
+        goes on in its thread, and its result is not stored. At the end of the interpreter this does nothing.
         """
-        self._wait(self._cache.aclose)
+        if not background.has_ended():
+            self._wait(self._cache.aclose)
 
     def _wait(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine in the background loop, and here the functions that it calls."""

@@ -15,6 +15,7 @@ from aiokv import clock
 from aiokv.caching.access import access_of
 from aiokv.caching.codecs import Codec
 from aiokv.caching.computing import Computations, Compute, Plan
+from aiokv.caching.error_copies import copy_error
 from aiokv.caching.events import EventKind, Events
 from aiokv.caching.flights import (
     ABSENT,
@@ -207,7 +208,7 @@ class Cache:
             if flights is None:
                 if len(self._flights) >= _MAX_IDLE_FLIGHTS:
                     self._forget_idle(loop)
-                flights = Flights(access_of(target), self._computed.by_target.setdefault(target, {}), self.results)
+                flights = Flights(access_of(target), self._computed.setdefault(target, {}), self.results)
                 self._flights[loop, target] = flights
         self._last = (loop, target, flights)
         return flights
@@ -217,17 +218,15 @@ class Cache:
             if key[0].is_closed() or (key[0] is loop and flights.is_idle):
                 self._flights.pop(key, None)
         used = {target for _, target in self._flights}
-        for target, computed in list(self._computed.by_target.items()):
+        for target, computed in list(self._computed.items()):
             if target not in used and not computed:
-                self._computed.by_target.pop(target, None)
+                self._computed.pop(target, None)
 
     async def aclose(self) -> None:
         """Finish what was begun behind callers in this loop, within the time that a read may take, and cancel the rest."""
-        loop = get_running_loop()
         self._last = None
         for key, flights in list(self._flights.items()):
-            if key[0] is loop:
-                await flights.aclose(self.options.read_timeout)
+            if key[0] is get_running_loop() and await flights.aclose(self.options.read_timeout):
                 self._flights.pop(key, None)
 
     def _may_join(self, flight: Flight, mode: Mode, around: Sequence[Computation]) -> bool:
@@ -351,7 +350,9 @@ class Cache:
         for index, flight in awaited.items():
             outcome = flight.outcome or await flight.wait()
             if outcome.error is not None:
-                failed = failed or outcome.error.with_traceback(outcome.value)
+                joined = None if flight.call is calls[index] else outcome.joined
+                error = outcome.error if joined is None else copy_error(joined)
+                failed = failed or error.with_traceback(outcome.value)
             elif outcome.own is not MISSED and flight.call is calls[index]:
                 # A flight of this call, which no other caller has begun.
                 results[index] = outcome.own
@@ -379,10 +380,9 @@ class Cache:
 
 
 def _end_reading(led: Mapping[int, Flight], error: BaseException) -> None:
-    outcome = failure(error) if isinstance(error, Exception) else NO_OUTCOME
     for flight in led.values():
         if flight.computation is None:
-            flight.end(outcome)
+            flight.end(failure(error) if isinstance(error, Exception) else NO_OUTCOME)
 
 
 _caches: "weakref.WeakSet[Cache]" = weakref.WeakSet()

@@ -57,9 +57,9 @@ class _Job:
             result = ended.value
         except Exception as error:  # noqa: BLE001 (raised in the loop)
             failed = error
-        except BaseException:
+        except BaseException as error:
             # It ends the caller, such as KeyboardInterrupt: others compute their own.
-            failed = CallerLeftError()
+            failed = CallerLeftError(type(error).__name__)
             raise
         finally:
             active_computations.reset(token)
@@ -222,6 +222,7 @@ async def run_in_thread(work: Coroutine[Any, Any, T], computation: Computation) 
         Its result.
 
     Raises:
+        RuntimeError: Behind callers, the function has raised an exception that would end a caller, such as `SystemExit`.
         CancelledError: The caller has left. The flights of the computation have ended, and those that wait begin anew.
     """
     active = active_computations.get()
@@ -230,9 +231,12 @@ async def run_in_thread(work: Coroutine[Any, Any, T], computation: Computation) 
     job, caller = _Job(work, active), current_caller.get()
     try:
         result: T = await (_pool.hand_over(job, computation) if caller is None else caller.hand_over(job))
-    except CallerLeftError:
+    except CallerLeftError as left:
         for flight in computation.flights:
             flight.end(NO_OUTCOME)
+        if caller is None:
+            # It ends nobody here, but is counted and logged as other failures are.
+            raise RuntimeError(f"the function raised {left} in a refresh behind callers") from None
         raise asyncio.CancelledError from None
     return result
 

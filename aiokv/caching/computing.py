@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from aiokv import clock
 from aiokv.caching.callers import current_caller, run_in_thread
 from aiokv.caching.claims import RefreshClaim
+from aiokv.caching.error_copies import copy_error
 from aiokv.caching.events import Events
 from aiokv.caching.flights import (
     ABSENT,
@@ -174,7 +175,7 @@ class Computations:
                 begun[refresh] = found
                 instead[flight] = refresh
         if begun:
-            flights.run(self._refresh(begun, in_call=in_call), due[0][2].key)
+            flights.run(self._refresh(begun, in_call=in_call), due[0][2].key, list(begun) if in_call else ())
         return instead
 
     async def compute_alone(self, flight: Flight, outer: Computation) -> Any:
@@ -284,11 +285,12 @@ class Computations:
         computation.waits_for.add(other)
         try:
             outcome = await other.wait_from_elsewhere()
-            is_own = other.flights.results is self._results
             # Another function may have other options, such as what a failing store means.
-            failed = outcome.error is not None and not (is_own and isinstance(outcome.error, Exception))
-            if outcome.kind in {"shared", "absent"} and not failed:
-                if outcome.json is None and outcome.kind == "shared" and outcome.error is None:
+            is_own_error = other.flights.results is self._results and isinstance(outcome.error, Exception)
+            if outcome.kind in {"shared", "absent"} and (outcome.error is None or is_own_error):
+                if outcome.error is not None:
+                    outcome = failure(copy_error(outcome.joined or outcome.error))
+                elif outcome.json is None and outcome.kind == "shared":
                     # Where it cannot be copied, it is computed here.
                     outcome = Outcome(value=copy.deepcopy(outcome.value))
                 flight.end(outcome if outcome is ABSENT else outcome._replace(own=Outcome().own))
@@ -324,8 +326,7 @@ class Computations:
 
     async def _refresh(self, begun: Mapping[Flight, Found], *, in_call: bool) -> None:
         """Compute anew, unless another process has been faster or is at it: looking costs less than computing."""
-        first = next(iter(begun))
-        store = first.store
+        store = next(iter(begun)).store
         if not in_call:
             # The thread of the caller is not to wait for this.
             current_caller.set(None)

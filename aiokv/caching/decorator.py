@@ -172,8 +172,8 @@ def kv_cached(  # noqa: PLR0913 (keywords, each with a default that serves)
         functions whose first parameter is named `self` or `cls` for methods.
 
     Raises:
-        TypeError: What is decorated is no function, or a generator; an option is of another type; or `key`, `vary` or `store`
-            is a function that cannot take the arguments.
+        TypeError: What is decorated is no function, a generator, or a method of an instance without `key`; an option is of
+            another type; or `key`, `vary` or `store` is a function that cannot take the arguments.
         ValueError: An option is not acceptable, or a local function has no `key`.
         ConfigurationError: A step in `codec` is not usable, or `Encrypted` is not the last.
     """

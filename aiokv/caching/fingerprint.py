@@ -36,7 +36,8 @@ def fingerprint(function: Callable[..., object]) -> str:
     """Return a digest of a function's code.
 
     Where a function wraps another (`functools.wraps`), both count. So does what the wrapper closes over, such as the arguments
-    of its decorator, where it can be encoded. An update of the package of such a wrapper may change the fingerprint.
+    of its decorator, where it can be encoded; an object that cannot counts by its class alone, whatever it holds. An update of
+    the package of such a wrapper may change the fingerprint.
 
     Args:
         function: A function, or another callable. If it has an attribute `__aiokv_fingerprint__`, that is returned.

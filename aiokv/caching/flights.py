@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from aiokv.caching.access import StoreAccess
+from aiokv.caching.error_copies import copy_error
 from aiokv.caching.generations import Generations, Place
 from aiokv.caching.near import MISSED
 from aiokv.caching.results import ResultCodec
@@ -51,10 +52,11 @@ class Outcome(NamedTuple):
     Args:
         json: The result, to be decoded by each caller; None where there is only an object.
         value: The object; for an error, its traceback.
-        error: What the callers get in its place.
+        error: What the caller that began the flight gets in its place.
         own: A copy for the caller that began the flight, which spares it decoding one.
         kind: `"private"` is for the caller that began the flight alone; the others begin anew, as all do after `"none"`.
             `"absent"` says that an id has no result.
+        joined: The error as it was, which the others get copies of; None where there are no others.
     """
 
     json: bytes | str | None = None
@@ -62,6 +64,7 @@ class Outcome(NamedTuple):
     error: BaseException | None = None
     own: Any = MISSED
     kind: Literal["shared", "private", "none", "absent"] = "shared"
+    joined: BaseException | None = None
 
 
 NO_OUTCOME = Outcome(kind="none")
@@ -134,6 +137,9 @@ class Flight:
         """Let the callers go on, and the next call begin a flight of its own; a second end is ignored."""
         if self.outcome is not None:
             return
+        if outcome.error is not None and self.interest > 1:
+            # A copy as it is now: each caller that raises its own changes the context, and may add notes.
+            outcome = outcome._replace(joined=copy_error(outcome.error))
         flights = self.flights
         flights.remove(self)
         if flights.computed.get(self.call[0]) is self:
@@ -248,7 +254,8 @@ class Flights:
         self.by_key: dict[str, Flight] = {}
         # Computations behind callers. A call that finds nothing to serve joins them.
         self.background: dict[str, Flight] = {}
-        self.tasks: set[asyncio.Task[Any]] = set()
+        # Each with the flights whose callers wait for it.
+        self.tasks: dict[asyncio.Task[Any], Sequence[Flight]] = {}
         self.writes_behind = 0
         access.users.add(self)
 
@@ -283,10 +290,10 @@ class Flights:
         # With eager tasks it may have ended already.
         if task.done():
             return task
-        self.tasks.add(task)
+        self.tasks[task] = batch
 
         def ended(task: "asyncio.Task[T]") -> None:
-            self.tasks.discard(task)
+            self.tasks.pop(task, None)
             for flight in batch:
                 if flight.outcome is None:
                     # Of a task that was cancelled before it began.
@@ -295,20 +302,29 @@ class Flights:
         task.add_done_callback(ended)
         return task
 
-    async def aclose(self, grace_seconds: float) -> None:
-        """Wait for the tasks some seconds, then cancel them."""
-        deadline = get_running_loop().time() + grace_seconds
-        # Round by round: what is computed is written after that.
-        while self.tasks and (left := deadline - get_running_loop().time()) > 0:
-            await asyncio.wait(list(self.tasks), timeout=left)
-        while late := list(self.tasks):
+    async def aclose(self, grace_seconds: float) -> bool:
+        """Wait for the tasks some seconds, then cancel those that no caller waits for; return whether none are left."""
+        deadline, around = get_running_loop().time() + grace_seconds, {one.task for one in active_computations.get()}
+        # Round by round: what is computed is written after that. Those that this is called from would wait for themselves.
+        while (tasks := self.tasks.keys() - around) and (left := deadline - get_running_loop().time()) > 0:
+            await asyncio.wait(tasks, timeout=left)
+        while late := [task for task, batch in self.tasks.items() if task not in around and not any(map(_is_awaited, batch))]:
+            # Callers that have joined a refresh in the background begin anew.
+            for flight in set(self.background.values()).difference(*self.tasks.values()):
+                flight.end(NO_OUTCOME)
             for task in late:
                 task.cancel()
             await asyncio.wait(late)
-            self.tasks.difference_update(late)
+        if self.tasks:
+            return False
         self.access.users.discard(self)
         if not self.access.users:
             await self.access.breaker.aclose()
+        return True
+
+
+def _is_awaited(flight: Flight) -> bool:
+    return flight.computation is not None and flight.outcome is None and flight.interest > 0
 
 
 def leave_all(flights: Iterable[Flight]) -> "list[asyncio.Task[Any]]":
@@ -366,22 +382,15 @@ def is_elsewhere(flight: Flight, flights: Flights) -> bool:
     return flight.flights is not flights and is_running(flight.flights.access.loop)
 
 
-class ComputedFlights:
+class ComputedFlights(dict[Target, dict[str, Flight]]):
     """For each target, the flights of one prefix, in all loops of the process, whose callers wait for a computation."""
-
-    def __init__(self) -> None:
-        self.by_target: dict[Target, dict[str, Flight]] = {}
 
 
 _by_prefix: "weakref.WeakValueDictionary[str, ComputedFlights]" = weakref.WeakValueDictionary()
 
 
 def computed_flights_of(prefix: str) -> ComputedFlights:
-    """Return the flights of a prefix: a coroutine function and a plain one may share it, and then compute once.
-
-    Args:
-        prefix: The beginning of a function's keys.
-    """
+    """Return the flights of a prefix: a coroutine function and a plain one may share it, and then compute once."""
     return _by_prefix.setdefault(prefix, ComputedFlights())
 
 

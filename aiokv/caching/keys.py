@@ -40,8 +40,8 @@ class KeyMaker:
         vary: Returns what a call depends on beside its arguments, from these.
 
     Raises:
-        TypeError: `ignore` names a parameter that the function does not have, `key` or `vary` cannot take the arguments, or
-            `version` is of another type.
+        TypeError: `ignore` names a parameter that the function does not have, `key` or `vary` cannot take the arguments,
+            `version` is of another type, or the function is a method that is bound to an instance and has no `key`.
         ValueError: The function is local and has no `key`, or the prefix is too long.
     """
 
@@ -61,6 +61,8 @@ class KeyMaker:
                 f"{self._name} is defined inside a function: another call of that one makes another {function.__name__}, "
                 "and both would share results; move it to the module, or pass key= and count in what it closes over"
             )
+        if key is None:
+            _check_unbound(function, self._name, counts_class=version is None)
         if version is None:
             version = fingerprint(function)
         elif isinstance(version, bool) or not isinstance(version, int | str):
@@ -244,6 +246,19 @@ class KeyMaker:
             return TypeError(f"{self._name}: {place} is nested too deeply, or holds itself")
         advice = "" if name.endswith("=") else f"leave it out with ignore=({name!r},), say what counts with key=, or "
         return TypeError(f"{self._name}: {place}{error.path} is of type {error}; {advice}give it a __cache_key__ method")
+
+
+def _check_unbound(function: Any, name: str, *, counts_class: bool) -> None:
+    """Refuse a method of an object: neither its arguments nor its code say what the object holds."""
+    bound: tuple[Any, ...] = getattr(function, "_bound", None) or ((function.__self__,) if inspect.ismethod(function) else ())
+    if not bound or (counts_class and inspect.ismethod(function) and isinstance(bound[0], type) and _is_encodable(bound[0])):
+        return
+    of_class = isinstance(bound[0], type)
+    owner = f"the class {bound[0].__qualname__}, which" if of_class else f"a {type(bound[0]).__qualname__}: what that holds"
+    raise TypeError(
+        f"{name} is bound to {owner} would not count; decorate the method in its class, "
+        "cache a def or async def that calls it, or pass key= and count in what differs"
+    )
 
 
 def _is_encodable(value: object) -> bool:

@@ -312,7 +312,7 @@ class StoredResults:
             return failure(error), None
         if self._near is not None and not flight.is_decisive:
             self.keep_near(flight, entry, own)
-        outcome: Outcome = _new(Outcome, (json, None, None, own, "shared"))
+        outcome: Outcome = _new(Outcome, (json, None, None, own, "shared", None))
         kept_seconds = self._kept_seconds or self._options.kept_seconds(fresh_seconds)
         return outcome, (self._write_of(flight, text, kept_seconds, computed.started), entry)
 

@@ -486,3 +486,41 @@ def test_random_calls_of_functions_that_call_each_other_all_end(store: AsyncKVSt
 
     threads: list[Future[Any]] = [begin(work) for _ in range(THREADS)]
     assert sum(results(threads)) > THREADS
+
+
+def test_close_leaves_calls_in_the_foreground_their_results(cached: Callable[..., Any], source: Source) -> None:
+    read = cached(read_timeout=0.05)
+    source.gate.clear()
+    calls = [begin(read) for _ in range(3)]
+    wait_until(lambda: source.runs == 1)
+    joined(read, 2)
+    begin(read.close).result(10)
+    assert not any(call.done() for call in calls)
+    source.gate.set()
+    assert results(calls) == [1] * 3
+    assert (source.runs, read.peek().value) == (1, 1)
+
+
+def test_function_that_closes_its_cache_gets_its_result_and_waits_for_nothing(store: AsyncKVStore) -> None:
+    @kv_cached(60, store=store, key=lambda: "one", read_timeout=3600.0)
+    def read() -> int:
+        read.close()
+        return 4
+
+    assert begin(read).result(10) == 4
+
+
+def test_exception_that_ends_a_refresh_in_the_background_is_counted(store: AsyncKVStore, moved_time: MovedTime) -> None:
+    runs: list[int] = []
+
+    @kv_cached(10, store=store, key=lambda: "one", stale_while_revalidate=60, early=0.0)
+    def read() -> int:
+        runs.append(1)
+        if len(runs) > 1:
+            raise SystemExit(3)
+        return 4
+
+    assert read() == 4
+    moved_time.advance(20.0)
+    assert read() == 4
+    wait_until(lambda: read.info().background_errors == 1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import stable_id
 
-from aiokv import AsyncKVStore, CachedFunction, kv_cached
+from aiokv import AsyncKVStore, CachedFunction, kv_cached, kv_cached_many
 
 kv = AsyncKVStore("db", url="memory://cached-results")
 
@@ -62,6 +62,53 @@ def test_partial_of_a_coroutine_function_is_refused_with_a_reason_or_cached() ->
         kv_cached(60, store=kv, key=lambda: "one")(functools.partial(_coroutine_function, "a"))
     except TypeError as error:
         assert "partial" in str(error)  # noqa: PT017 (either is right)
+
+
+class _Scale:
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def scaled(self, number: int) -> int:
+        return self.factor * number
+
+    async def scaled_later(self, number: int) -> int:
+        return self.factor * number
+
+    def scaled_many(self, ids: list[int]) -> dict[int, int]:
+        return {number: self.factor * number for number in ids}
+
+    @classmethod
+    def name(cls, _number: int) -> str:
+        return cls.__name__
+
+    @kv_cached(60, store=kv)
+    def cached(self, number: int) -> int:
+        return self.factor * number
+
+
+class _OtherScale(_Scale):
+    pass
+
+
+@pytest.mark.parametrize("decorate", [kv_cached, kv_cached_many], ids=["one", "many"])
+@pytest.mark.parametrize("name", ["scaled", "scaled_later", "scaled_many", "cached"])
+def test_method_of_an_instance_is_refused_without_a_key(decorate: Any, name: str) -> None:
+    method = getattr(_Scale(2), name)
+    with pytest.raises(TypeError, match=rf"_Scale\.{name} is bound to a _Scale.*in its class.*that calls it.*key="):
+        decorate(60, store=kv, prefix="scale", version=1)(method)
+
+
+def test_method_of_an_instance_is_cached_by_a_key_that_says_what_differs() -> None:
+    def cached(scale: _Scale) -> Any:
+        return kv_cached(60, store=kv, key=lambda number: (scale.factor, number))(scale.scaled)
+
+    assert [cached(_Scale(factor))(3) for factor in (2, 5)] == [6, 15]
+
+
+def test_method_of_a_class_counts_the_class_or_is_refused() -> None:
+    assert [kv_cached(60, store=kv)(kind.name)(1) for kind in (_Scale, _OtherScale)] == ["_Scale", "_OtherScale"]
+    with pytest.raises(TypeError, match="is bound to the class _Scale, which would not count"):
+        kv_cached(60, store=kv, version=1)(_Scale.name)
 
 
 def test_local_function_without_a_key_is_refused() -> None:
