@@ -6,6 +6,7 @@ function that takes the URL and returns a `Backend`. It is loaded when a URL of 
 """
 
 import os
+import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -50,8 +51,10 @@ def redacted_url(url: str) -> str:
     Returns:
         It, with `***` for the text before an `@`.
     """
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}://***@{rest.rpartition('@')[2]}" if separator and "@" in rest else url
+    before, separator, rest = url.rpartition("@")
+    # One that is written wrongly may have credentials all the same.
+    scheme = re.match(r"(?:[a-zA-Z][a-zA-Z0-9+.-]*:/+|//)?", before)
+    return f"{scheme[0] if scheme else ''}***@{rest}" if separator else url
 
 
 def check_url(url: str) -> Scheme:

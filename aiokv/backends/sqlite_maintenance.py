@@ -125,7 +125,7 @@ def backup(
     with _opened(path) as source:
         try:
             os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE_MODE))
-            _copy(path, source, unfinished, progress or _ignore)
+            _copy(path, source, unfinished, target, progress or _ignore)
             if verify:
                 _verify(path, unfinished, progress)
             _sync(unfinished)
@@ -137,7 +137,7 @@ def backup(
                 os.link(unfinished, target)
             _sync(target.parent)
         except FileExistsError as error:
-            raise ConfigurationError(f"{target} exists; name another file, or ask to overwrite it") from error
+            raise ConfigurationError(f"{target} exists; name another file, or ask to overwrite it (--overwrite)") from error
         except OSError as error:
             raise ConfigurationError(f"{target} cannot be written: {error.strerror}") from error
         finally:
@@ -263,12 +263,12 @@ def _check_target(path: Path, target: Path, *, overwrite: bool) -> None:
     if path.exists() and target.samefile(path):
         raise ConfigurationError(f"{target} is the very file that is to be copied; name another file")
     if not overwrite or not target.is_file():
-        raise ConfigurationError(f"{target} exists; name another file, or ask to overwrite it")
+        raise ConfigurationError(f"{target} exists; name another file, or ask to overwrite it (--overwrite)")
     if Path(f"{target}-wal").exists():
         raise ConfigurationError(f"{target} is in use as a store, or was not closed; name another file")
 
 
-def _copy(path: Path, source: sqlite3.Connection, target: Path, progress: Progress) -> None:
+def _copy(path: Path, source: sqlite3.Connection, target: Path, final: Path, progress: Progress) -> None:
     def show(_status: int, remaining: int, total: int) -> None:
         progress("pages", total - remaining, total)
 
@@ -284,6 +284,11 @@ def _copy(path: Path, source: sqlite3.Connection, target: Path, progress: Progre
     except sqlite3.Error as error:
         if sqlite_file.is_damaged(error):
             raise
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+            # Reading fills no disk, so it is the target's.
+            raise StorageError(
+                f"{final} cannot be written: its disk is full; make room there, or name a file elsewhere"
+            ) from None
         raise sqlite_file.storage_error(path, error, "", "", "") from None
 
 

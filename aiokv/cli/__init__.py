@@ -1,12 +1,14 @@
 """The command line: use, fill, measure and serve a store from a shell."""
 
 import argparse
+import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from aiokv.cli.terminal import print_message
+from aiokv.cli.terminal import Parser, naming, print_message
 from aiokv.errors import AioKVError, BatchError, CallError, UnsupportedError
 
 WRONG_USAGE = 2
@@ -62,29 +64,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the key is absent, 2 wrong usage, 3 the store or a file failed, 130 interrupted.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = make_parser(arguments[0] if arguments else "")
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.error(_refuse(arguments[0], unknown))
-    import logging  # noqa: PLC0415 (after the arguments: `--help` needs none of it)
-
-    logging.basicConfig(format="aiokv: %(message)s", level=logging.WARNING)
     try:
-        _check_url(getattr(options, "url", None))
-        return int(options.run(options))
+        return _run(sys.argv[1:] if arguments is None else arguments)
     except (AioKVError, ValueError, TypeError) as error:
         print_message(error)
         return _status_of(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:
+        if error.filename is None and error.errno == errno.ENOSPC:
+            # All files of commands name themselves.
+            error.filename = "standard output"
         if not isinstance(error, BrokenPipeError):
             print_message(error)
         if sys.stdout is not None:
             # Else the interpreter would flush the rest at its end, and print a second error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = make_parser(arguments[0] if arguments else "")
+    try:
+        options, unknown = parser.parse_known_args(arguments)
+    finally:
+        # The help and the version, too.
+        _flush()
+    if unknown:
+        parser.error(_refuse(arguments[0], unknown))
+    import logging  # noqa: PLC0415 (after the arguments: `--help` needs none of it)
+
+    logging.basicConfig(format="aiokv: %(message)s", level=logging.WARNING)
+    _check_url(getattr(options, "url", None))
+    status = int(options.run(options))
+    _flush()
+    return status
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        with naming("standard output"):
+            sys.stdout.flush()
 
 
 def make_parser(command: str | None) -> argparse.ArgumentParser:
@@ -97,7 +117,7 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
         The parser; each parsed command has a function `run`.
     """
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="aiokv", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
+    parser = Parser(prog="aiokv", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, (help_, module, add) in _COMMANDS.items():
@@ -121,6 +141,12 @@ class _Version(argparse.Action):
 
 def _refuse(command: str, unknown: Sequence[str]) -> str:
     """Return the message of arguments that no command takes."""
+    if command == "set":
+        # They may be words of the value, which no message repeats.
+        return (
+            f"{len(unknown)} unrecognized argument{'s' * (len(unknown) > 1)}: quote a value of several words, or pipe it in; "
+            "for the options see `aiokv set --help`"
+        )
     message = f"unrecognized arguments: {' '.join(unknown)}"
     if command != "serve":
         return message
@@ -132,7 +158,8 @@ def _refuse(command: str, unknown: Sequence[str]) -> str:
 
 def _check_url(url: str | None) -> None:
     """Refuse a URL that shows a secret to everybody who runs `ps`."""
-    if url is not None and "@" in url.partition("://")[2].partition("/")[0]:
+    # In any form, since one with a slash too few or too many shows them as well.
+    if url is not None and "@" in url and not re.match("(sqlite|memory):", url, re.IGNORECASE):
         variable = "AIOKV_REDIS_PASSWORD" if url.lower().startswith(("redis", "valkey")) else "AIOKV_KEY"
         raise ValueError(
             f"a URL on the command line must not hold credentials, since `ps` shows them to every user of this machine; "

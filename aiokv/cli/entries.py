@@ -236,20 +236,23 @@ def _clear(options: argparse.Namespace) -> int:
     if not options.yes and not (is_terminal(sys.stdin) and sys.stderr is not None):
         raise ValueError("clear deletes for good, and standard input is no terminal to ask at; add --yes")
 
-    async def run() -> int | None:
+    async def run(*, is_counting: bool) -> int:
         async with AsyncKVStore(options.db_name, url=options.url) as store:
-            if not options.yes:
-                count = await store.count(options.prefix)
-                which = f" with keys that begin with {printable(options.prefix)}" if options.prefix else ""
-                question = f"Delete {_entries(count)} of {printable(options.db_name)}{which}? [y/N] "
-                print(question, end="", file=sys.stderr, flush=True)
-                if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
-                    return None
-            return await store.clear(options.prefix)
+            return await (store.count if is_counting else store.clear)(options.prefix)
 
-    deleted = asyncio.run(run())
-    print_message("nothing was deleted" if deleted is None else f"deleted {_entries(deleted)}")
+    # Asked outside the loop, which would keep an interrupt until the answer is there.
+    if not options.yes and not _ask(options, asyncio.run(run(is_counting=True))):
+        print_message("nothing was deleted")
+    else:
+        print_message(f"deleted {_entries(asyncio.run(run(is_counting=False)))}")
     return 0
+
+
+def _ask(options: argparse.Namespace, count: int) -> bool:
+    which = f" with keys that begin with {printable(options.prefix)}" if options.prefix else ""
+    question = f"Delete {_entries(count)} of {printable(options.db_name)}{which}? [y/N] "
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
 def _entries(count: int) -> str:

@@ -5,15 +5,17 @@ import asyncio
 import contextlib
 import os
 import secrets
+import sys
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import BinaryIO
 
 from aiokv.backends.capabilities import MAX_BATCH_KEYS, KeyInfo
 from aiokv.cli.entries import add_url, seconds_left
+from aiokv.cli.paths import check_no_store
 from aiokv.cli.progress import Progress
-from aiokv.cli.rows import format_row
-from aiokv.cli.terminal import binary_output, print_message
+from aiokv.cli.rows import count_rows, format_row
+from aiokv.cli.terminal import binary_output, naming, print_message
 from aiokv.limits import MIN_TTL_SECONDS
 from aiokv.store import AsyncKVStore
 
@@ -60,9 +62,10 @@ def _export(options: argparse.Namespace) -> int:
         output.flush()
         return rows
 
+    check_no_store(AsyncKVStore(options.db_name, url=options.url).url, options.output, "export -o")
     with _open_output(options.output) as output, Progress("export", is_quiet=options.quiet) as progress:
         rows = asyncio.run(run(output, progress))
-    print_message(f"{rows:,} rows exported")
+    print_message(f"{count_rows(rows)} exported")
     return 0
 
 
@@ -83,19 +86,19 @@ async def _chunks(store: AsyncKVStore, prefix: str) -> AsyncGenerator[list[KeyIn
 @contextlib.contextmanager
 def _open_output(name: str) -> Generator[BinaryIO]:
     """Open what is written to; a file takes its name once it is whole."""
-    if name == _STDOUT:
+    path = Path(os.path.realpath(name))
+    if name == _STDOUT or (path.exists() and sys.stdout is not None and os.path.samestat(path.stat(), os.fstat(1))):
         yield binary_output()
         return
-    path = Path(os.path.realpath(name))
-    if path.exists() and not path.is_file():
-        # A device or a pipe.
-        with path.open("wb") as file:
+    if path.exists() and (not path.is_file() or Path(name).absolute().is_relative_to("/dev")):
+        # A device, a pipe, or a stream that is open already, such as /dev/stderr.
+        with naming(name), path.open("ab") as file:
             yield file
         return
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         # Values are their owner's alone.
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=2**20) as file:
+        with naming(name), os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=2**20) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

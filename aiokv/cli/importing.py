@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from aiokv import clock
-from aiokv.backends.registry import canonical_url, redacted_url
+from aiokv.backends.registry import canonical_url
 from aiokv.cli.entries import add_url
+from aiokv.cli.paths import check_apart, check_no_store
 from aiokv.cli.progress import Progress
 from aiokv.cli.resume import Checkpoint, Journal, identity_of, is_regular
-from aiokv.cli.rows import FORMATS, BadRow, Batch, Row, RowReader, open_input
-from aiokv.cli.terminal import print_message
+from aiokv.cli.rows import FORMATS, BadRow, Batch, Row, RowReader, count_rows, open_input
+from aiokv.cli.terminal import binary_input, describe_error, print_message
 from aiokv.errors import (
     AioKVError,
     BatchError,
@@ -83,21 +84,30 @@ def _import(options: argparse.Namespace) -> int:
     check_ttl(options.ttl)
     store = AsyncKVStore(options.db_name, url=options.url)
     importer: _Importer | None = None
+    if options.file == _STDIN:
+        # It refuses one that is closed.
+        binary_input()
     file = open_input(options.file)
     try:
         can_seek = is_regular(file) and options.file != _STDIN
         resume_path = options.resume or (f"{name}.aiokv-resume" if can_seek else None)
-        journal = Journal(
-            Path(resume_path) if resume_path else None,
-            Path(options.failed or f"{name}.failed.jsonl"),
-            identity_of(file, format_, redacted_url(canonical_url(store.url)), options.db_name),
-        )
-        reader = FORMATS[format_](file, options.db_name, options.ttl, digests=not can_seek)
+        resume = Path(resume_path) if resume_path else None
+        failed = Path(options.failed or f"{name}.failed.jsonl")
+        url = canonical_url(store.url)
+        for path, option in ((resume, "--resume PATH"), (failed, "--failed PATH")):
+            if path is not None:
+                check_no_store(url, path, option)
+                check_apart(path, option, (file.fileno(),))
+        check_apart(failed, "--failed PATH", (resume, resume and resume.with_name(f"{resume.name}.new")))
+        journal = Journal(resume, failed, identity_of(file, format_, url, options.db_name))
         with journal:
             checkpoint = journal.begin(restart=options.restart)
+            # Of an input that could not go back only the digest says that its rows are the same.
+            is_seeking = can_seek and not checkpoint.position.digest
+            reader = FORMATS[format_](file, options.db_name, options.ttl, digests=not is_seeking)
             if checkpoint.position.rows:
                 print_message(f"going on behind row {checkpoint.position.rows:,} (line {checkpoint.position.line:,})")
-                (reader.seek if can_seek else reader.skip)(checkpoint.position)
+                (reader.seek if is_seeking else reader.skip)(checkpoint.position)
             total_bytes = os.fstat(file.fileno()).st_size if can_seek else None
             with Progress("import", total_bytes, checkpoint.position.rows, is_quiet=options.quiet) as progress:
                 importer = _Importer(store, reader, journal, checkpoint, progress)
@@ -114,21 +124,19 @@ def _import(options: argparse.Namespace) -> int:
 def _report(importer: "_Importer", journal: Journal, error: Exception | None) -> int:
     done = importer.checkpoint
     left_out = f", {done.failed:,} left out: see {journal.failed_path}" if done.failed else ""
-    counts = f"{done.stored:,} rows imported{left_out}"
+    counts = f"{count_rows(done.stored)} imported{left_out}"
     if importer.is_done:
         print_message(f"{counts} ({importer.seconds:.1f} s)")
         return _LEFT_OUT if done.failed else 0
-    way_on = (
-        "run the same command again to go on"
-        if journal.resume_path is not None
-        else "without --resume PATH the next run begins at the first row"
-    )
+    way_on = "without --resume PATH the next run begins at the first row"
+    if journal.resume_path is not None:
+        way_on = f"run the same command again to {'go on' if done.position.rows else 'begin at the first row'}"
     if error is None:
         print_message(f"interrupted; {counts}; {way_on}")
         return _INTERRUPTED
     if isinstance(error, ConfigurationError) or not isinstance(error, AioKVError | OSError | ValueError):
         raise error
-    print_message(f"stopped: {error}; {counts}; {way_on}")
+    print_message(f"stopped: {describe_error(error)}; {counts}; {way_on}")
     return _FAILED
 
 

@@ -17,7 +17,7 @@ from aiokv import clock
 from aiokv.backends.registry import redacted_url
 from aiokv.cli.histogram import Histogram, draw_svg, draw_text, format_seconds
 from aiokv.cli.live import Row, Screen
-from aiokv.cli.terminal import binary_output, can_show, print_message
+from aiokv.cli.terminal import binary_output, can_show, naming, print_message
 from aiokv.errors import AioKVError
 from aiokv.limits import MAX_TTL_SECONDS, MAX_VALUE_BYTES, MIN_TTL_SECONDS
 from aiokv.store import AsyncKVStore
@@ -82,7 +82,8 @@ def _bench(options: argparse.Namespace) -> int:
     load = _Load(options)
     asyncio.run(load.run())
     if options.plot:
-        Path(options.plot).write_text(draw_svg(load.title, load.times), encoding="utf-8")
+        with naming(options.plot):
+            Path(options.plot).write_text(draw_svg(load.title, load.times), encoding="utf-8")
         print_message(f"drew {options.plot}")
     output = binary_output()
     output.write(load.as_json() if options.json else load.as_text().encode(sys.stdout.encoding or "ascii", "replace"))

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from aiokv.cli.terminal import print_message
+
 if TYPE_CHECKING:
     from aiokv.backends.sqlite_maintenance import CheckReport
 
@@ -75,9 +77,9 @@ def _backup(options: argparse.Namespace) -> int:
         with _Progress() as show:
             report = backup(path, options.target, overwrite=options.overwrite, verify=options.verify, progress=show)
     except DamagedFileError as error:
-        print(f"aiokv: {error}", file=sys.stderr)
+        print_message(error)
         return _DAMAGED
-    print(f"aiokv: {report.path}: {report.size_bytes:,} bytes in {report.seconds:.1f} s", file=sys.stderr)
+    print_message(f"{report.path}: {report.size_bytes:,} bytes in {report.seconds:.1f} s")
     return 0
 
 

@@ -29,6 +29,10 @@ class Row(NamedTuple):
     entry: Entry
 
 
+class _LongLineError(Exception):
+    """A line that is longer than any row needs."""
+
+
 class BadRow(NamedTuple):
     """A row that is left out."""
 
@@ -222,22 +226,25 @@ class CsvRows(RowReader):
 
     def _read_columns(self) -> list[str]:
         csv.field_size_limit(_MAX_FIELD_CHARS)
+        self._quotes = 0
         try:
             header = next(csv.reader(self._lines(), strict=True), None)
-        except csv.Error as error:
-            raise ValueError(f"the first line is no CSV header: {error}") from None
+        except (csv.Error, _LongLineError) as error:
+            reason = _describe(error) if isinstance(error, csv.Error) else "it is too long"
+            raise ValueError(f"the first line is no CSV header: {reason}") from None
         if header is None:
             return []
         if not {"key", "value"} <= set(header) <= _MEMBERS or len(set(header)) != len(header):
             raise ValueError(
-                f"the first line of CSV must name the columns key, value and perhaps ttl, not {truncated(','.join(header))}"
+                "the first line of CSV must name the columns key, value and perhaps ttl, each once and none besides; "
+                "add such a line before the first row"
             )
         return header
 
     def _lines(self) -> Iterator[str]:
         while (line := self._read_line()) != b"":
             if line is None:
-                raise ValueError(f"line {self._line:,} is longer than {_MAX_LINE_BYTES:,} bytes; nothing after it was imported")
+                raise _LongLineError
             if self._line == 1:
                 line = line.removeprefix(_BOM)
             # What is not UTF-8 becomes lone surrogates, which no check lets pass.
@@ -247,16 +254,16 @@ class CsvRows(RowReader):
         # A new one each time: it reads no line ahead.
         reader = csv.reader(self._lines(), strict=True)
         while True:
-            number = self._line + 1
+            number, self._quotes = self._line + 1, 0
             try:
                 fields = next(reader, None)
-            except csv.Error as error:
-                if "field limit" in str(error):
-                    raise ValueError(
-                        f"the CSV row at line {number:,} has a field of more than {_MAX_FIELD_CHARS:,} characters, as where a "
-                        "quote is not closed; nothing after it was imported"
-                    ) from None
-                yield BadRow(number, None, f"it is not CSV: {error}")
+            except (csv.Error, _LongLineError) as error:
+                if isinstance(error, csv.Error) and "field limit" not in str(error):
+                    yield BadRow(number, None, f"it is not CSV: {_describe(error)}")
+                    continue
+                self._pass_over_row(number)
+                reader = csv.reader(self._lines(), strict=True)
+                yield BadRow(number, None, f"it has a field of more than {_MAX_FIELD_CHARS:,} characters, more than any value")
                 continue
             if fields is None:
                 return
@@ -270,8 +277,47 @@ class CsvRows(RowReader):
             if ttl:
                 # int() alone would take "6_0" and digits of other scripts.
                 is_number = ttl.isascii() and ttl.isdigit() and len(ttl) <= _MAX_TTL_DIGITS
-                members["ttl"] = int(ttl) if is_number else ttl
+                if not is_number:
+                    yield BadRow(
+                        number,
+                        None if _has_surrogate(members["key"]) else members["key"],
+                        "its ttl is no decimal number of seconds",
+                    )
+                    continue
+                members["ttl"] = int(ttl)
+            if _has_surrogate(members["key"]) or _has_surrogate(members["value"]):
+                # UTF-8 has none, so the bytes were none.
+                yield BadRow(number, None, "it is not UTF-8")
+                continue
             yield self._check(number, members)
+
+    def _pass_over_row(self, number: int) -> None:
+        """Read to the end of a row of which a part was read."""
+        # Outside of fields in quotes there are as many opening as closing ones.
+        while self._quotes % 2:
+            if self._read_line() == b"":
+                raise ValueError(
+                    f"the CSV row at line {number:,} does not end, as where a quote is not closed; neither it nor the rows "
+                    "just before it were imported"
+                )
+
+    def _count(self, data: bytes) -> None:
+        super()._count(data)
+        self._quotes += data.count(b'"')
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _describe(error: csv.Error) -> str:
+    if "new-line character" in str(error):
+        return "a carriage return stands outside quotes; end lines by LF or CR LF"
+    return str(error)
 
 
 FORMATS: dict[str, Callable[..., RowReader]] = {"jsonl": JsonRows, "csv": CsvRows}
@@ -287,6 +333,15 @@ def format_row(key: str, value: str, ttl_seconds: int) -> bytes:
         ttl_seconds: What it has left to live.
     """
     return orjson.dumps({"key": key, "value": value, "ttl": ttl_seconds}) + b"\n"
+
+
+def count_rows(count: int) -> str:
+    """Return a number of rows as text.
+
+    Args:
+        count: The number.
+    """
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def open_input(path: str) -> BinaryIO:

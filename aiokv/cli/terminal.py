@@ -1,20 +1,91 @@
 """What commands say and where: messages, standard streams, and what a terminal can show."""
 
+import argparse
+import contextlib
+import errno
 import os
+import re
 import sys
-from typing import TYPE_CHECKING, BinaryIO, TextIO
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
     from rich.console import Console
 
 
+# Credentials of a URL, also of one that is written wrongly or became a path.
+_CREDENTIALS = re.compile(r"((?:[a-z][a-z0-9+.-]*:/|(?:https?|rediss?|valkeys?)(?:\+\w+)?:)/*)[^\s'\"]*@", re.IGNORECASE)
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose messages show no credentials, and whose help is not lost without a word."""
+
+    def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
+        """Print the help.
+
+        Args:
+            file: Where to; None for standard output.
+
+        Raises:
+            OSError: It cannot be written, which argparse would not say.
+        """
+        with naming("standard output"):
+            print(self.format_help(), end="", file=file)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2 and a message."""
+        super().error(masked(message))
+
+
 def print_message(message: object) -> None:
-    """Write a message for the user to standard error.
+    """Write a message for the user to standard error; nowhere where that is closed.
 
     Args:
         message: What to say, without `aiokv: `.
     """
-    print(f"aiokv: {message}", file=sys.stderr)
+    # `print` would take standard output for one that is closed.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"aiokv: {masked(describe_error(message))}", file=sys.stderr)
+
+
+def masked(text: str) -> str:
+    """Return a text with `***` for the credentials of URLs in it.
+
+    Args:
+        text: A message.
+    """
+    return _CREDENTIALS.sub(r"\1***@", text) if "@" in text else text
+
+
+def describe_error(error: object) -> str:
+    """Return what a message says of an error: of one of a file its name, the reason, and what to do on a full disk.
+
+    Args:
+        error: An error, or any text.
+    """
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    reason = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return f"{reason}; make room there, or write to another disk, and run the command again" if error.errno in _FULL else reason
+
+
+@contextlib.contextmanager
+def naming(path: Path | str) -> Generator[None]:
+    """Give errors of an open file the name that its system calls do not know.
+
+    Args:
+        path: The file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def binary_output() -> BinaryIO:

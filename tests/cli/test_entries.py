@@ -4,8 +4,10 @@ import asyncio
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,33 @@ def test_clear_on_a_terminal_does_as_it_is_answered(tmp_path: Path, answer: byte
     assert "Delete 1 entry of db? [y/N]" in done.stderr
     assert run("list", "db", folder=tmp_path).stdout.startswith(left)
     assert bool(run("list", "db", folder=tmp_path).stdout) == bool(left)
+
+
+def test_interrupt_at_the_question_of_clear_ends_it_at_once(tmp_path: Path) -> None:
+    asyncio.run(fill(tmp_path, "page"))
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aiokv", "clear", "db", "--url", URL],
+        stdin=theirs,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**clean_environment(tmp_path), "TERM": "xterm"},
+    )
+    assert process.stderr is not None
+    try:
+        assert process.stderr.read(10) == b"Delete 1 e"
+        # The question is written before the answer is waited for.
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+        assert b"Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        os.close(ours)
+        os.close(theirs)
+    assert run("list", "db", folder=tmp_path).stdout.startswith("page\t")
 
 
 def test_text_for_a_terminal_is_one_line() -> None:

@@ -15,7 +15,7 @@ from aiokv.cli import rows as rows_module
 from aiokv.cli.importing import _Importer
 from aiokv.cli.progress import Progress
 from aiokv.cli.resume import Checkpoint, Journal
-from aiokv.cli.rows import CsvRows, JsonRows, Position
+from aiokv.cli.rows import BadRow, CsvRows, JsonRows, Position
 from aiokv.errors import CallError, ConnectError, RejectedError, StorageFullError, ThrottledError
 
 Answer = Callable[[int, Sequence[Entry]], Awaitable[None]]
@@ -195,15 +195,16 @@ async def test_store_that_fails_stops_the_import_behind_what_was_acknowledged(tm
 
 def test_rows_noted_behind_the_resume_file_are_noted_once(tmp_path: Path) -> None:
     identity = {"input": {}, "target": {}}
+    first, second = (BadRow(line, None, "bad").as_line() for line in (1, 2))
     with Journal(tmp_path / "resume", tmp_path / "failed", identity) as journal:
         journal.begin(restart=False)
-        journal.record(Checkpoint(Position(10, 2, 2), 1, 1), b"first\n")
+        journal.record(Checkpoint(Position(10, 2, 2), 1, 1), first)
     with (tmp_path / "failed").open("ab") as file:
         file.write(b"written before a crash\n")
     with Journal(tmp_path / "resume", tmp_path / "failed", identity) as journal:
         assert journal.begin(restart=False).position == Position(10, 2, 2)
-        journal.record(Checkpoint(Position(20, 4, 4), 2, 2), b"second\n")
-    assert (tmp_path / "failed").read_text() == "first\nsecond\n"
+        journal.record(Checkpoint(Position(20, 4, 4), 2, 2), second)
+    assert (tmp_path / "failed").read_bytes() == first + second
     with Journal(tmp_path / "resume", tmp_path / "failed", identity) as journal:
         assert journal.begin(restart=True) == Checkpoint()
     assert not (tmp_path / "failed").exists()
@@ -216,8 +217,9 @@ def test_line_that_is_too_long_is_passed_over_and_the_next_is_read(monkeypatch: 
     assert [row.line for row in batch.bad] == [1]
     assert [row.entry.key for row in batch.rows] == ["k"]
     assert batch.end == Position(len(data), 2, 2)
-    with pytest.raises(ValueError, match="line 2 is longer than 100 bytes"):
-        CsvRows(io.BytesIO(b"key,value\n" + data), "db", None, digests=False).read_batch(10, 10**9)
+    data = b"key,value\nlong," + b"x" * 200_000 + b"\nk,v\n"
+    batch = CsvRows(io.BytesIO(data), "db", None, digests=False).read_batch(10, 10**9)
+    assert ([row.line for row in batch.bad], [row.entry.key for row in batch.rows]) == ([2], ["k"])
 
 
 def test_batch_of_large_rows_is_cut_by_its_bytes() -> None:

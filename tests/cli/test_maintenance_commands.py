@@ -4,11 +4,14 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import clean_environment, served_process
 
 from aiokv import AsyncKVStore
+from aiokv.backends.sqlite_maintenance import backup
+from aiokv.errors import StorageError
 
 
 def run(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -106,3 +109,27 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     done = run("check", "none.db", folder=tmp_path)
     assert done.returncode == 2
     assert "none.db does not exist" in done.stderr
+
+
+def test_copy_that_is_in_the_way_names_the_option_that_replaces_it(tmp_path: Path) -> None:
+    run("set", "db", "key", "value", "--url", "sqlite:///kv.db", folder=tmp_path)
+    (tmp_path / "copy.db").write_text("mine")
+    done = run("backup", "copy.db", folder=tmp_path)
+    assert (done.returncode, "--overwrite" in done.stderr) == (2, True)
+    assert (tmp_path / "copy.db").read_text() == "mine"
+
+
+def test_copy_for_which_its_disk_is_too_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("set", "db", "key", "value", "--url", "sqlite:///kv.db", folder=tmp_path)
+    connect = sqlite3.connect
+
+    def connect_to_full_disk(path: Path, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(path, **options)
+        if path.name.startswith(".copy.db"):
+            connection.execute("PRAGMA max_page_count = 1")
+        return connection
+
+    monkeypatch.setattr("aiokv.backends.sqlite_maintenance.sqlite3.connect", connect_to_full_disk)
+    with pytest.raises(StorageError, match=r"copy\.db cannot be written: its disk is full"):
+        backup(tmp_path / "kv.db", tmp_path / "copy.db")
+    assert not (tmp_path / "copy.db").exists()

@@ -263,7 +263,7 @@ def test_bash_completes_a_command(tmp_path: Path) -> None:
     ("package", "arguments", "status", "words"),
     [
         ("shtab", ["completion", "bash"], 2, "pip install 'aiokv[cli]'"),
-        ("rich", ["import", "r.jsonl", "--db", "db", "--url", "memory://"], 0, "1 rows imported"),
+        ("rich", ["import", "r.jsonl", "--db", "db", "--url", "memory://"], 0, "1 row imported"),
     ],
 )
 def test_command_line_works_without_its_extra(

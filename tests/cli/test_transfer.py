@@ -200,7 +200,7 @@ def test_changed_input_or_another_target_is_refused_until_it_begins_again(tmp_pa
     write_rows(tmp_path / "rows.jsonl", 150_000)
     interrupted(tmp_path, signal.SIGINT, "rows.jsonl")
     other = run("import", "rows.jsonl", "--db", "other", folder=tmp_path)
-    assert (other.returncode, "is of another store or namespace (db)" in other.stderr) == (2, True)
+    assert (other.returncode, "is of another store, namespace or account (db)" in other.stderr) == (2, True)
     write_rows(tmp_path / "rows.jsonl", 10, start=5)
     changed = run("import", "rows.jsonl", "--db", "db", folder=tmp_path)
     assert changed.returncode == 2
@@ -248,9 +248,9 @@ def test_interrupt_ends_an_import_that_waits_for_standard_input(tmp_path: Path) 
 
 def test_file_that_is_no_resume_file_is_not_overwritten(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", 1)
-    for content in ("letter", '{"kind": "aiokv import", "format": 1}', "[]"):
+    for content, option in (("letter", "--restart"), ('{"kind": "aiokv import", "format": 1}', "--quiet"), ("[]", "--restart")):
         (tmp_path / "mine").write_text(content)
-        done = run("import", "rows.jsonl", "--db", "db", "--resume", "mine", "--restart", folder=tmp_path)
+        done = run("import", "rows.jsonl", "--db", "db", "--resume", "mine", option, folder=tmp_path)
         assert (done.returncode, "is no resume file" in done.stderr) == (2, True)
         assert (tmp_path / "mine").read_text() == content
 
