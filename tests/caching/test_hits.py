@@ -203,6 +203,9 @@ async def test_exceptions_are_raised_anew_and_do_not_grow(store: AsyncKVStore) -
     depths = []
     for _ in range(5):
         results = await asyncio.gather(*(compute() for _ in range(20)), return_exceptions=True)
-        assert all(result is error for result in results)
-        depths.append(len(traceback.extract_tb(error.__traceback__)))
+        # One caller gets the error itself, each of the others a copy.
+        assert [type(result) is LookupError and result.args == error.args for result in results] == [True] * 20
+        assert sum(result is error for result in results) == 1
+        assert len(set(map(id, results))) == 20
+        depths.append(max(len(traceback.extract_tb(result.__traceback__)) for result in results))
     assert (runs, max(depths) - min(depths) <= 1, await store.get(compute.key())) == (5, True, None)
