@@ -39,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(EagerTasks(), "aiokv-eager-tasks")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if unstable:
+        # Processes that share a run would each see other tests.
+        raise pytest.UsageError(f"an address stands in the name of {unstable[0]}; give its parameters ids=helpers.stable_id")
+
+
 class EagerTasks:
     """The hook that gives each test an event loop whose tasks begin at once."""
 

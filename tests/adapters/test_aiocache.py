@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import still_clock
+from helpers import stable_id, still_clock
 from slow_backend import SlowBackend
 
 from aiokv import AsyncKVStore
@@ -52,7 +52,7 @@ def cache(store: AsyncKVStore) -> KVCache:
         (NullSerializer(), "\x01bx"),
         (NullSerializer(), "\ud800"),
     ],
-    ids=ascii,
+    ids=stable_id,
 )
 async def test_value_comes_back_as_the_serializer_made_it(store: AsyncKVStore, serializer: Any, value: Any) -> None:
     cache = KVCache(store, serializer=serializer)
