@@ -97,7 +97,7 @@ ARRAYS: dict[str, np.ndarray] = {
     "bytes": np.array([b"a\0b", b"\xff"]),
     "dates": np.array(["2020-01-01", "NaT"], "M8[D]"),
     "dates of 25 seconds": np.array([1, 2]).astype("M8[25s]"),
-    "generic differences": np.array([1, 2], "m8"),
+    "generic differences": np.array([1, 2]).view("m8"),
     "nought-dimensional": np.array(5),
     "empty": np.zeros((0, 4), "i2"),
     "no bytes": np.zeros(2, np.dtype([])),
