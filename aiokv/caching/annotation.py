@@ -65,6 +65,25 @@ def _without_self(returns: Any, function: Any) -> Any:
     return rebuild(returns, lambda argument: _without_self(argument, function))
 
 
+def without_alias(returns: Any) -> Any:
+    """Return what a `type` statement's alias stands for, its arguments in their places; other types as they are.
+
+    Args:
+        returns: Any type.
+
+    Returns:
+        A type that is no alias.
+    """
+    while True:
+        alias = typing.get_origin(returns) or returns
+        if isinstance(alias, type) or not (hasattr(alias, "__value__") and hasattr(alias, "__type_params__")):
+            return returns
+        value = alias.__value__
+        given = dict(zip(alias.__type_params__, typing.get_args(returns), strict=False))
+        places = tuple(given.get(place, place) for place in getattr(value, "__parameters__", ()))
+        returns = value[places] if given and places else value
+
+
 def rebuild(returns: Any, replace: Callable[[Any], Any]) -> Any:
     """Replace the arguments of a type.
 

@@ -6,7 +6,7 @@ import typing
 from typing import Any, Protocol
 
 from aiokv.caching.ambiguity import PACKED
-from aiokv.caching.annotation import rebuild
+from aiokv.caching.annotation import rebuild, without_alias
 from aiokv.caching.numpy_forms import ArrayForm, ScalarForm
 from aiokv.caching.unpackable import Unpackable
 
@@ -41,6 +41,7 @@ class Packed:
         """Return how pydantic reads and writes the field."""
         from pydantic_core import core_schema  # noqa: PLC0415 (an extra, and it is here when this is called)
 
+        source = without_alias(source)
         try:
             form = find_form(source)
         except Unpackable as fault:
@@ -87,11 +88,10 @@ def find_form(returns: Any) -> Form | None:
             returns = typing.get_args(returns)[0]
         elif hasattr(returns, "__supertype__"):
             returns = returns.__supertype__
-        elif isinstance(typing.get_origin(returns) or returns, type) or not hasattr(returns, "__value__"):
-            break
+        elif (plain := without_alias(returns)) is not returns:
+            returns = plain
         else:
-            # An alias of a `type` statement.
-            returns = returns.__value__
+            break
     kind = typing.get_origin(returns) or returns
     if not isinstance(kind, type):
         return None
@@ -121,8 +121,10 @@ def with_packed(returns: Any) -> Any:
     """
     if typing.get_origin(returns) is typing.Literal or any(item is Packed for item in getattr(returns, "__metadata__", ())):
         return returns
-    if isinstance(typing.get_origin(returns) or returns, type | types.UnionType) and find_form(returns) is not None:
-        return typing.Annotated[returns, Packed]
+    # Such as numpy's `NDArray`, which is an alias from numpy 2.5 on.
+    plain = without_alias(returns)
+    if isinstance(typing.get_origin(plain) or plain, type | types.UnionType) and find_form(plain) is not None:
+        return typing.Annotated[plain, Packed]
     return rebuild(returns, with_packed)
 
 
