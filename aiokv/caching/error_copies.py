@@ -7,6 +7,8 @@ from typing import Any
 
 _SLOT_BYTES = struct.calcsize("P")
 _IS_PYTHON_CLASS = 1 << 9
+# From Python 3.12 on: the list of weak references stands in front of the object.
+_HAS_WEAK_REFERENCES_IN_FRONT = 1 << 3
 # What every exception has beside its dictionary. The cause sets the last one.
 _LINKS = ("args", "__traceback__", "__cause__", "__context__", "__suppress_context__")
 
@@ -26,7 +28,8 @@ def copy_error(error: BaseException) -> BaseException:
     builtin = next(base for base in kind.__mro__ if not base.__flags__ & _IS_PYTHON_CLASS)
     members = [(base, one) for base in kind.__mro__ for one in vars(base).values() if isinstance(one, MemberDescriptorType)]
     slots = sum(bool(base.__flags__ & _IS_PYTHON_CLASS) for base, _ in members)
-    slots += any("__weakref__" in vars(base) for base in kind.__mro__)
+    if not kind.__flags__ & _HAS_WEAK_REFERENCES_IN_FRONT:
+        slots += any("__weakref__" in vars(base) for base in kind.__mro__)
     if kind.__basicsize__ != builtin.__basicsize__ + slots * _SLOT_BYTES:
         return error
     try:
