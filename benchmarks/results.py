@@ -3,9 +3,9 @@
 Each day has a file in `benchmarks/results/`; a script that is run again replaces its own figures of that day. The page
 `docs/benchmarks.md` shows the newest figures of each script, between the marks `<!-- results:NAME -->` and `<!-- end -->`.
 
-  python benchmarks/results.py                      run all, about 40 minutes on an idle machine
-  python benchmarks/results.py --only client server run some
-  python benchmarks/results.py --pages              run none; renew the page and the pictures
+  python benchmarks/results.py                       run all, on an idle machine
+  python benchmarks/results.py --only client server  run some
+  python benchmarks/results.py --pages               run none; renew the page and the pictures
 """
 
 import argparse
