@@ -233,12 +233,14 @@ class Committer:
             self.close()
         return sqlite_file.log_bytes(self._path) < had_bytes
 
-    def _checkpoint(self, connection: sqlite3.Connection) -> None:
-        """Empty the log, unless the database would have to grow by more than the room that is left."""
+    def _checkpoint(self, connection: sqlite3.Connection) -> bool:
+        """Empty the log, unless the database would have to grow by more than the room that is left; return whether it is."""
         free_bytes = self._disk.free_bytes()
         # A checkpoint that ends half-way would have taken the room that deletes need.
-        if free_bytes is None or self._growth_bytes(connection) <= free_bytes:
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if free_bytes is not None and self._growth_bytes(connection) > free_bytes:
+            return False
+        is_busy: int = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        return not is_busy
 
     def _growth_bytes(self, connection: sqlite3.Connection) -> int:
         """Return by how much the database must grow to take what is in the log."""
@@ -289,7 +291,8 @@ class Committer:
             step = _NARROW_VACUUM_STEP_PAGES if lacks_ballast else _VACUUM_STEP_PAGES
             # The pragma frees one page for each row that is fetched.
             connection.execute(f"PRAGMA incremental_vacuum({step})").fetchall()
-        if is_low:
-            self._checkpoint(connection)
+        if is_low and not self._checkpoint(connection):
+            # A reader keeps the log from being emptied: the next sweep tries again, though nobody may set again until then.
+            self.wants_room = was_refused
         self._disk.restore_ballast()
         return spare_pages > _VACUUM_STEP_PAGES or (lacks_ballast and spare_pages > 0)

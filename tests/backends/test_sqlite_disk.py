@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,24 @@ async def test_pages_that_are_free_in_the_file_take_sets_while_the_disk_is_below
     assert backend.usage("a").entries == taken // 2 + taken % 2
     await backend.aclose()
     assert check(small_disk / "kv.db").problems == ()
+
+
+async def test_log_is_emptied_after_a_refused_set_though_a_reader_was_in_the_way_at_first(
+    small_disk: Path, clock: FakeClock
+) -> None:
+    path = small_disk / "kv.db"
+    backend = SqliteBackend(path, clock=clock, hosting=HOSTING, sweep_interval_seconds=0.05)
+    await backend.set("a:db", "k", "v", 60)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM entries_v2").fetchone() == (1,)
+        await set_until_full(backend)
+        # Several sweeps pass meanwhile, and nobody sets again.
+        await asyncio.sleep(0.8)
+        assert (path.with_name("kv.db-wal")).stat().st_size > 0
+        reader.execute("COMMIT")
+    await asyncio.to_thread(wait_until, lambda: path.with_name("kv.db-wal").stat().st_size == 0)
+    await backend.aclose()
 
 
 async def test_log_leaves_room_to_be_written_into_the_database(small_disk: Path, clock: FakeClock) -> None:
