@@ -64,6 +64,7 @@ async def test_held_write_lock_is_the_reason_and_the_loop_runs_on(tmp_path: Path
     assert longest < 5, "the loop stood still"
     other.execute("COMMIT")
     other.close()
+    monkeypatch.setattr(sqlite, "_PROBE_SECONDS", 10)
     # Only one probe waits in the queue, however often it is asked.
     assert await backend.health() is None
     assert (backend.gauges().committed_writes or 0) <= 3

@@ -38,12 +38,16 @@ def _count(name: str, output: str) -> int:
 def test_nothing_older_is_served_after_an_invalidation_a_prime_or_a_refresh(
     seed: int, arguments: list[str], tmp_path: Path
 ) -> None:
-    done = _check(tmp_path, "--seconds", "2.5", "--seed", str(seed), *arguments)
-    assert done.returncode == 0, done.stdout[-4_000:] + done.stderr[-2_000:]
-    # Enough for it to mean something.
-    assert _count("calls", done.stdout) > 100
-    assert min(_count(name, done.stdout) for name in ("invalidations", "primes", "refreshes", "changed")) > 0
-    assert "Traceback" not in done.stderr
+    # A busy machine takes longer until it has done enough for it to mean something.
+    for seconds in ("2.5", "10"):
+        done = _check(tmp_path, "--seconds", seconds, "--seed", str(seed), *arguments)
+        assert done.returncode == 0, done.stdout[-4_000:] + done.stderr[-2_000:]
+        assert "Traceback" not in done.stderr
+        kinds = min(_count(name, done.stdout) for name in ("invalidations", "primes", "refreshes", "changed"))
+        is_enough = _count("calls", done.stdout) > 100 and kinds > 0
+        if is_enough:
+            break
+    assert is_enough
 
 
 def test_checker_finds_invalidations_that_are_not_made(tmp_path: Path) -> None:
