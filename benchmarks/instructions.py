@@ -105,7 +105,7 @@ TABLES = {
     ),
     "server": Table(
         "A hit through a server, 64 calls at once, distinct keys",
-        ["get and loads", "hit through a server"],
+        ["get and loads", "hit through a server", "get and loads, in batches", "hit through a server, in batches"],
         [Aim("hit through a server", 1.10, "get and loads")],
         "get and loads",
     ),

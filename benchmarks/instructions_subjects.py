@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from aiokv import AsyncKVStore, NearCache, kv_cached, kv_cached_many
+from aiokv import AsyncKVStore, HttpOptions, NearCache, kv_cached, kv_cached_many
 
 Run = AsyncGenerator[None, None]
 Subject = Callable[[int, str], Run]
@@ -222,11 +222,21 @@ async def at_once(call: Callable[[str], Awaitable[object]], calls: int) -> None:
     await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
 
 
-def through(*, decorated: bool) -> Subject:
-    """Return the subject of reads through a server, with distinct keys."""
+async def in_turns(call: Callable[[str], Awaitable[object]], calls: int) -> None:
+    """Call for so many keys in each turn of the loop, so that all reads of a turn travel in the same batches."""
+    keys = [KEYS[index % len(KEYS)] for index in range(calls)]
+    for start in range(0, calls, CONCURRENCY):
+        await asyncio.gather(*map(call, keys[start : start + CONCURRENCY]))
+
+
+def through(*, decorated: bool, batching: bool) -> Subject:
+    """Return the subject of reads through a server, with distinct keys: each alone, or those of a turn in batches."""
+    # Where batches are on, tasks that run freely join them by chance, which no two runs have alike.
+    read = in_turns if batching else at_once
 
     async def subject(calls: int, address: str) -> Run:
-        async with AsyncKVStore("bench", url=address, credentials="bench:secret") as store:
+        http = HttpOptions(batching=batching)
+        async with AsyncKVStore("bench", url=address, credentials="bench:secret", http=http) as store:
             # Valgrind takes fifty times as long: no read may be given up for that.
             cached = kv_cached(ttl=3600, store=store, read_timeout=60)(record)
             entries = {key: cached.key(key) for key in KEYS}
@@ -239,12 +249,12 @@ def through(*, decorated: bool) -> Subject:
             call: Callable[[str], Awaitable[object]] = cached if decorated else bare
             for key in KEYS:
                 await cached(key)
-            await at_once(call, len(KEYS))
+            await read(call, len(KEYS))
             if None in [await bare(key) for key in KEYS]:
                 raise RuntimeError("a result was not stored")
             computations = cached.info().computations
             yield
-            await at_once(call, calls)
+            await read(call, calls)
             if cached.info().computations != computations:
                 raise RuntimeError(f"{cached.info().computations - computations} calls were computed anew")
 
@@ -320,8 +330,10 @@ SUBJECTS: dict[str, Subject] = {
     "many, near hit": many(in_near=True, new=False),
     "many, hit": many(in_near=False, new=False),
     "many, miss": many(in_near=False, new=True),
-    "get and loads": through(decorated=False),
-    "hit through a server": through(decorated=True),
+    "get and loads": through(decorated=False, batching=False),
+    "hit through a server": through(decorated=True, batching=False),
+    "get and loads, in batches": through(decorated=False, batching=True),
+    "hit through a server, in batches": through(decorated=True, batching=True),
     "near, 1,000 keys": grown(1_000),
     "near, 1,000,000 keys": grown(MANY_KEYS),
     "cancel, 100 waiters": cancelled(100),
