@@ -99,6 +99,12 @@ async def answers(port: int) -> None:
         await asyncio.sleep(0.01)
 
 
+async def all_work(process: subprocess.Popen[bytes], path: Path) -> None:
+    """Wait until the start is through: a worker that dies before ends the whole."""
+    while b" at http" not in log_of(path).read_bytes() or len(workers_of(process)) < WORKERS:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
 async def kill_again_and_again(rounds: int, path: Path) -> int:
     """Run the rounds; return the number of answered sets that are lost, or of faults of the file."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -106,7 +112,7 @@ async def kill_again_and_again(rounds: int, path: Path) -> int:
     process, load, back = start(port, path), Load(f"http://127.0.0.1:{port}"), []
     clients = [asyncio.create_task(load.use(client)) for client in range(CLIENTS)]
     try:
-        await load.answered(1)
+        await all_work(process, path)
         for number in range(1, rounds + 1):
             await load.answered(200)
             if number % 2:
@@ -118,9 +124,7 @@ async def kill_again_and_again(rounds: int, path: Path) -> int:
             await answers(port)
             back.append(time.perf_counter() - began)
             print(f"round {number}: answers again after {back[-1]:.2f} s", flush=True)
-            # A worker that dies before the start is through ends the whole.
-            while b" at http" not in log_of(path).read_bytes() or len(workers_of(process)) < WORKERS:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            await all_work(process, path)
     finally:
         load.is_over = True
         await asyncio.gather(*clients)
