@@ -55,7 +55,10 @@ def set_default_store(store: AsyncKVStore | None) -> None:
         TypeError: It is no store.
     """
     if store is not None and not isinstance(store, AsyncKVStore):
-        raise TypeError(f"store must be an AsyncKVStore, not {type(store).__name__}")
+        raise TypeError(
+            f"store must be an AsyncKVStore, not {type(store).__name__}"
+            f"{'; pass store.async_store' if hasattr(store, 'async_store') else ''}"
+        )
     with _lock:
         _change(store)
 

@@ -34,6 +34,9 @@ Verb = Literal["get", "set", "delete"]
 METHODS: Mapping[str, str] = {"get": "GET", "set": "PUT", "delete": "DELETE"}
 TOKEN_PATH = "/storage/auth/token"  # noqa: S105 (a path)
 
+NO_SUCH_PATH = "no such path; known: /get/"
+"""How the server's error begins where it does not know the path of a request."""
+
 MAX_ERROR_BODY_BYTES = 64 * 1024
 MAX_ANSWER_BYTES = 6 * MAX_VALUE_BYTES + 1024
 """Largest answer that can hold a value: JSON may write one byte as six (`\\u0000`)."""

@@ -48,6 +48,8 @@ USES = {
     "speed": "import uvloop",
     "zstd": "import aiokv; aiokv.Zstd()",
 }
+# Tests to run with the newest release of what an extra names, where `dev` has an older one, and what else they need.
+TESTS = {"fastapi": ("tests/adapters/test_fastapi.py", ["uvicorn", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout"])}
 # These are for the project's own work; `make test`, `make docs` and `make bench` install them.
 OWN = {"bench", "dev", "docs", "suites", "test"}
 
@@ -78,8 +80,8 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     assert not {".venv", ".git", "__pycache__"} & tops
 
 
-def try_installation(python: str, requirement: str, use: str) -> str | None:
-    """Install into a fresh environment and use it there; return what went wrong."""
+def try_installation(python: str, requirement: str, use: str, extra: str = "") -> str | None:
+    """Install into a fresh environment, use it there and run the extra's tests; return what went wrong."""
     with tempfile.TemporaryDirectory() as home:
         its_python, its_aiokv = f"{home}/venv/bin/python", f"{home}/venv/bin/aiokv"
         steps = [
@@ -91,22 +93,28 @@ def try_installation(python: str, requirement: str, use: str) -> str | None:
             [its_aiokv, "--version"],
             [its_python, "-m", "pip", "check"],
         ]
+        if extra in TESTS:
+            tests, tools = TESTS[extra]
+            steps += [
+                [its_python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *tools],
+                [its_python, "-m", "pytest", "--quiet", str(REPOSITORY / tests)],
+            ]
         for step in steps:
             done = subprocess.run(step, cwd=home, capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                return f"{' '.join(step[1:5])}: {done.stderr[-2_000:]}"
+                return f"{' '.join(step[1:5])}: {(done.stderr or done.stdout)[-2_000:]}"
             if step[-1] == "--version" and done.stdout.strip() != f"aiokv {PROJECT['version']}":
                 return f"the version is {done.stdout!r}"
     return None
 
 
-def installations(wheel: Path, sdist: Path, pythons: list[str]) -> Iterator[tuple[str, str, str, str]]:
-    """Give each installation to try: its name, its interpreter, what to install, and how it is used."""
+def installations(wheel: Path, sdist: Path, pythons: list[str]) -> Iterator[tuple[str, ...]]:
+    """Give each installation to try: its name, its interpreter, what to install, how it is used, and its extra."""
     for python in pythons:
         yield f"wheel, {version_of(python)}", python, str(wheel), "import aiokv"
     yield f"sdist, {version_of(pythons[0])}", pythons[0], str(sdist), "import aiokv"
     for extra, use in sorted(USES.items()):
-        yield f"wheel[{extra}], {version_of(pythons[0])}", pythons[0], f"{wheel}[{extra}]", use
+        yield f"wheel[{extra}], {version_of(pythons[0])}", pythons[0], f"{wheel}[{extra}]", use, extra
 
 
 def version_of(python: str) -> str:

@@ -23,6 +23,8 @@ Send = Callable[[Message], Awaitable[None]]
 _OK: Final = 200
 _NO_CONTENT: Final = 204
 _STATUSES: Final = frozenset({_OK, 203, _NO_CONTENT, 300, 301, 308, 404, 410})
+# RFC 9111, sections 5.2.2.2, 5.2.2.8 and 5.2.2.10.
+_FORBIDDING_STALE: Final = frozenset({"must-revalidate", "proxy-revalidate", "s-maxage"})
 _FORBIDDING: Final = frozenset({"no-store", "no-cache", "private"})
 # They have no end.
 _ENDLESS: Final = frozenset({"text/event-stream", "multipart/x-mixed-replace"})
@@ -43,13 +45,22 @@ class StoredResponse(NamedTuple):
     """Seconds since the epoch."""
     fresh_seconds: float
 
-    async def send(self, if_none_match: bytes, send: Send, *, is_stored: bool) -> None:
+    def is_past_use(self) -> bool:
+        """Return whether it is no longer fresh, and says that it must not be served so."""
+        stale_seconds = clock.now() - self.made_at - self.fresh_seconds
+        if stale_seconds < 0:
+            return False
+        directives = _directives_of(joined(self.headers))
+        window = _number_of(directives.get("stale-while-revalidate", ""))
+        return not _FORBIDDING_STALE.isdisjoint(directives) or (window is not None and stale_seconds >= window)
+
+    async def send(self, if_none_match: str, send: Send, *, is_stored: bool) -> None:
         """Send it, or 304 where the client has it."""
         headers = list(self.headers)
         if is_stored:
             headers.append((b"age", str(max(0, int(clock.now() - self.made_at))).encode()))
         etag = next(value for name, value in headers if name == b"etag").removeprefix(b"W/")
-        offered = [one.strip().removeprefix(b"W/") for one in if_none_match.split(b",")]
+        offered = [one.strip().removeprefix("W/").encode("latin-1") for one in if_none_match.split(",")]
         status, body = self.status, self.body
         if status == _OK and (etag in offered or offered == [b"*"]):
             headers = [header for header in headers if header[0] in _IN_304 or header[0] == b"age"]
@@ -74,7 +85,7 @@ class Rules(NamedTuple):
             size_bytes: How much of its body is known.
             is_whole: Whether that is the whole body.
         """
-        values = _joined(headers)
+        values = joined(headers)
         directives = _directives_of(values)
         lifetime = _lifetime_of(values, directives)
         seconds = self.ttl if lifetime is None else lifetime - (_number_of(values.get("age", "")) or 0)
@@ -94,7 +105,7 @@ class Rules(NamedTuple):
 
     def write(self, status: int, headers: Headers, body: bytes, fresh_seconds: float) -> str:
         """Return the text that a response is stored as."""
-        values = _joined(headers)
+        values = joined(headers)
         kept = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in headers if name not in _NOT_STORED]
         if "content-length" not in values and status != _NO_CONTENT:
             kept.append(["content-length", str(len(body))])
@@ -158,8 +169,8 @@ def _moment_of(text: str) -> float | None:
         return None
 
 
-def _joined(headers: Headers) -> dict[str, str]:
-    """Return each header's values, joined by commas."""
+def joined(headers: Headers) -> dict[str, str]:
+    """Return each header's values, joined by commas; names are in lower case."""
     values: dict[str, str] = {}
     for name_bytes, value in headers:
         name = name_bytes.decode("latin-1")
@@ -181,4 +192,7 @@ def _directives_of(values: dict[str, str]) -> dict[str, str]:
 
 
 def _number_of(text: str) -> int | None:
-    return int(text[-_MAX_DIGITS:]) if text.isascii() and text.isdigit() else None
+    if not (text.isascii() and text.isdigit()):
+        return None
+    digits = text.lstrip("0")
+    return int(digits or "0") if len(digits) <= _MAX_DIGITS else 10**_MAX_DIGITS - 1

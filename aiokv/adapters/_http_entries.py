@@ -19,7 +19,9 @@ _POINTER: Final = "v1"
 _DIGEST_BYTES: Final = 20
 _WEEK_SECONDS: Final = 604_800
 _DIRECTIVE: Final = re.compile(r'([!#$%&\'*+.^`|~\w-]+)\s*(?:=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*)))?')
-_SECONDS: Final = re.compile(r"[0-9]{1,18}", re.ASCII).fullmatch
+_SECONDS: Final = re.compile(r"[0-9]+", re.ASCII).fullmatch
+_MAX_SECONDS: Final = 2**31
+_ENOUGH_DIGITS: Final = 11
 
 Pairs = tuple[tuple[str, str], ...]
 """Headers in their order, each with its own spelling."""
@@ -169,7 +171,16 @@ def seconds_of(found: Mapping[str, str | None], name: str) -> int | None:
         name: Which.
     """
     value = found.get(name)
-    return int(value) if value is not None and _SECONDS(value) else None
+    return read_seconds(value) if value is not None and _SECONDS(value) else None
+
+
+def read_seconds(digits: str) -> int:
+    """Return the seconds that digits name, 2 ** 31 at most, as RFC 9111 says in section 1.2.2.
+
+    Args:
+        digits: As many as there are.
+    """
+    return min(int(digits.lstrip("0")[:_ENOUGH_DIGITS] or "0"), _MAX_SECONDS)
 
 
 def time_of(date: str) -> int | None:
@@ -215,6 +226,16 @@ def keep_seconds(stored: StoredResponse, *, is_shared: bool, revalidate_seconds:
     if stored.header("etag") or stored.header("last-modified"):
         seconds = max(0, seconds) + revalidate_seconds
     return min(max(seconds, MIN_TTL_SECONDS), MAX_TTL_SECONDS) if seconds > 0 else None
+
+
+def stale_seconds(stored: StoredResponse, *, is_shared: bool) -> int:
+    """Return for how many seconds a response has no longer been fresh, below 0 where it still is.
+
+    Args:
+        stored: The response.
+        is_shared: Whether the cache is a shared one.
+    """
+    return age_of(stored) - _lifetime(stored, directives(stored.header("cache-control")), is_shared=is_shared)
 
 
 def age_of(stored: StoredResponse) -> int:

@@ -24,12 +24,10 @@ class Means(NamedTuple):
     Args:
         session: Its session, and so its connector.
         proxy: The proxy and its credentials.
-        ssl: The request's own settings of TLS.
     """
 
     session: Any
     proxy: Any
-    ssl: Any
 
 
 class Failure(NamedTuple):
@@ -122,7 +120,7 @@ class Flight:
 
 
 def _means_of(request: ClientRequest) -> Means:
-    return Means(request.session, (request.proxy, request.proxy_auth), request.ssl)
+    return Means(request.session, (request.proxy, request.proxy_auth))
 
 
 def _timeout_of(handler: ClientHandlerType) -> ClientTimeout | None:

@@ -150,8 +150,8 @@ def can_be_whole(response: ClientResponse) -> bool:
     Args:
         response: A response that nobody has read from.
     """
-    # A stream of events may never end.
-    if response.content_type == "text/event-stream":
+    # They may never end.
+    if response.content_type in {"text/event-stream", "multipart/x-mixed-replace"}:
         return False
     # aiohttp does not say that a coding has been cut off, so the length must, or the chunks.
     headers = response.headers

@@ -2,7 +2,7 @@
 
 What stands here only prepares what hishel looks at, and it looks at little: it takes no `Age` header into account, and knows no
 `stale-while-revalidate` and `stale-if-error`. So a response that had an age on arrival is shown to it with an older `Date`, and
-to ask whether a response is within such a window it is shown with a younger one.
+whether a response is within such a window is counted here.
 """
 
 import re
@@ -14,12 +14,12 @@ from typing import Any, Final, Literal
 from hishel import CacheMiss, CacheOptions, Entry, FromCache, Headers, IdleClient, NeedRevalidation, Request, Response
 
 from aiokv import clock
-from aiokv.adapters._http_entries import Pairs, StoredResponse, directives, time_of
+from aiokv.adapters._http_entries import Pairs, StoredResponse, directives, read_seconds, stale_seconds, time_of
 
 ENTRY_ID: Final = uuid.UUID(int=1)
 """The id of the one entry that hishel is shown at a time."""
 
-_FIRST_SECONDS: Final = re.compile(r"\s*([0-9]{1,18})\s*(?:,|$)", re.ASCII).match
+_FIRST_SECONDS: Final = re.compile(r"\s*([0-9]+)\s*(?:,|$)", re.ASCII).match
 # A stored one would undo what the origin has set since. `Age` is counted anew.
 _NEVER_STORED: Final = frozenset({"set-cookie", "set-cookie2", "age"})
 # A `Connection` header that names one of these, as no origin should, does not make a response fresher.
@@ -49,7 +49,7 @@ def as_received(headers: Pairs, now: float) -> tuple[Pairs, int]:
         date = int(now)
     ages = [value for name, value in headers if name.lower() == "age"]
     match = _FIRST_SECONDS(ages[0]) if ages else None
-    age = min(int(match[1]), 2**31) if match else 0
+    age = read_seconds(match[1]) if match else 0
     # Where the origin's clock is ahead, this turns its dates back.
     return kept, max(0, age - (int(now) - date))
 
@@ -164,8 +164,7 @@ class Views:
         """
         if window_seconds <= 0 or (self._is_shared and _forbids_stale(stored)):
             return None
-        younger = self.entry(request, stored, window_seconds)
-        if not isinstance(IdleClient(self.options).next(request, [younger]), FromCache):
+        if stale_seconds(stored, is_shared=self._is_shared) >= window_seconds:
             return None
         # The response may forbid it, as by `must-revalidate`.
         state = IdleClient(self._stale_options).next(request, [self.entry(request, stored)])

@@ -42,10 +42,15 @@ def url_of(request: ClientRequest) -> str:
 
 def _way_of(request: ClientRequest) -> tuple[str, ...]:
     """Return what leads a request to another origin than that of its URL: its `Host`, a socket's path."""
-    host, connector = request.headers.get(hdrs.HOST, "").lower(), request.session.connector
+    host, connector = _all_of(request, hdrs.HOST).lower(), request.session.connector
     path = connector.path if isinstance(connector, UnixConnector | NamedPipeConnector) else ""
     own = "" if host in {(request.url.host_port_subcomponent or "").lower(), ""} else host
     return ("way", own, path) if own or path else ()
+
+
+def _all_of(request: ClientRequest, name: str) -> str:
+    """Return all headers of a name; no value has a line feed."""
+    return "\n".join(request.headers.getall(name, ()))
 
 
 class Exchange:
@@ -146,7 +151,7 @@ class ResponseStore:
         """
         user: tuple[str, ...] = ()
         if not self._is_shared:
-            user = (request.headers.get(hdrs.AUTHORIZATION, ""), request.headers.get(hdrs.COOKIE, ""))
+            user = (_all_of(request, hdrs.AUTHORIZATION), _all_of(request, hdrs.COOKIE))
         return _PREFIX + entries.digest(method, url_of(request), *user, *_way_of(request))
 
     async def look_up(self, exchange: Exchange) -> StoredResponse | None:

@@ -14,6 +14,7 @@ The package hishel decides what may be stored, served and validated. `docs/http-
 """
 
 import asyncio
+import logging
 from asyncio import AbstractEventLoop, get_running_loop
 from typing import Final, Self
 
@@ -52,6 +53,8 @@ DEFAULT_MAX_BODY_BYTES: Final = 1_400_000
 """As base64, which takes a third more, with 30,000 bytes of headers, this fits a value of 1.9 MB."""
 
 DEFAULT_REVALIDATE_SECONDS: Final = 86_400
+
+logger = logging.getLogger("aiokv")
 
 _METHODS: Final = ("GET", "HEAD")
 _REFRESH_SECONDS: Final = 60.0
@@ -105,7 +108,7 @@ class ResponseCache:
         """
         if request.method not in _METHODS:
             response = await self._pass_on(request, handler)
-        elif request.body or hdrs.UPGRADE in request.headers:
+        elif request.body or hdrs.UPGRADE in request.headers or _has_own_trust(request):
             response = mark(await handler(request), "bypass")
         else:
             primary = self._responses.primary(request, request.method)
@@ -336,6 +339,14 @@ class ResponseCache:
             self._unshared[exchange.key] = None
             if len(self._unshared) > _MAX_UNSHARED:
                 self._unshared.pop(next(iter(self._unshared)), None)
+
+
+def _has_own_trust(request: ClientRequest) -> bool:
+    """Return whether a request has TLS settings of its own, so that its response is not for those who trust otherwise."""
+    if not request.is_ssl() or request.ssl is True:
+        return False
+    logger.debug("a request with ssl= of its own is not cached: pass it to the session's connector")
+    return True
 
 
 def caching(

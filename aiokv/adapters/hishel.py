@@ -213,7 +213,9 @@ class _Saving:
         self._size = 0
         names = entries.names_of(response.headers.get("vary", ""))
         self._names = sorted({*(names or ()), "host"})
-        self._is_kept = names is not None and _SECRETS.isdisjoint(names)
+        # A password in it would be stored.
+        has_user = "@" in request.url.partition("//")[2].partition("/")[0]
+        self._is_kept = names is not None and _SECRETS.isdisjoint(names) and not has_user
 
     def feed(self, chunk: bytes) -> None:
         """Note a part of the body, unless there is too much of it."""
@@ -306,7 +308,7 @@ class AsyncKVStorage(AsyncBaseStorage):
 
 
 class KVStorage(BaseStorage):
-    """A storage for `hishel.requests.CacheAdapter`, `hishel.httpx.SyncCacheClient` and others that take a `BaseStorage`.
+    """A storage for `hishel.requests.CacheAdapter`, `hishel.httpx.CacheClient` and others that take a `BaseStorage`.
 
     The store stays open when the client is closed. No failure of it reaches a request: it is logged once.
 

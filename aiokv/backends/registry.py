@@ -84,6 +84,10 @@ def check_url(url: str) -> Scheme:
     except ValueError:
         raise ConfigurationError(f"url is malformed; {_known_forms()}") from None
     scheme = _SCHEMES.get(parts.scheme) or _plugin_scheme(parts.scheme)
+    if scheme is None and not parts.scheme:
+        # A key, put here by mistake, has a colon.
+        shown = "" if set(url) & set(":@?#") else f" {truncated(url)}"
+        raise ConfigurationError(f"url{shown} has no scheme, such as sqlite:///kv.db for a file; {_known_forms()}")
     if scheme is None:
         raise ConfigurationError(
             f"url has the unknown scheme {truncated(parts.scheme)}; {_known_forms()}, "

@@ -378,11 +378,15 @@ def is_plain_function(function: Any, decorator_name: str) -> bool:
     name = getattr(function, "__qualname__", None)
     if isinstance(function, classmethod | staticmethod):
         raise TypeError(f"put it below @{type(function).__name__}, not above it")
+    if function is None or isinstance(function, str | int | float | bytes | list | dict | tuple):
+        raise TypeError(
+            f"write @{decorator_name}(60) with its parentheses: without them the first call decorates its argument, "
+            f"and {type(function).__name__} is not a function"
+        )
     if name is None or isinstance(function, type) or not callable(function):
         kind = f"the class {name}" if isinstance(function, type) else f"a {type(function).__name__}"
         raise TypeError(
-            f"{kind} is not a function: what it holds would not count; call it in a def or async def, and cache that. "
-            f"As a decorator, write @{decorator_name}(60) with its parentheses"
+            f"{kind} is not a function: what it holds would not count; call it in a def or async def, and cache that"
         )
     if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
         raise TypeError(f"{name} is a generator: it has no one result; collect it into a list in a function and cache that")

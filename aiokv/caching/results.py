@@ -34,6 +34,7 @@ from aiokv.caching.roundtrip import difference
 from aiokv.caching.schema import Schema, describe, is_json_native_type, type_adapter
 from aiokv.caching.unpackable import Unpackable
 
+_NEEDED = {"numpy": "", "pandas": " (needs 'aiokv[pandas]')", "pyarrow": " (needs 'aiokv[pandas]')"}
 _NATIVE = "str, int, float, bool, None, list and dict with str keys"
 _TOO_DEEP: Final = Difference("", "is nested too deeply for JSON, or holds itself", is_type=False)
 _TOO_LARGE: Final = Difference("", "takes more memory than there is", is_type=False)
@@ -275,9 +276,15 @@ class ResultCodec:
         annotate = (
             "make the return annotation say exactly what is returned" if self._is_annotated else "annotate the return type"
         )
+        # Alone, arrays and tables need no pydantic.
+        library = "" if place else type(result).__module__.partition(".")[0]
+        needed = _NEEDED.get(library, " (needs 'aiokv[pydantic]')")
+        is_scalar = library == "numpy" and getattr(result, "shape", None) == () and hasattr(result, "item")
+        plain = cast("Any", result).item() if is_scalar else None
+        convert = f"return {type(plain).__name__}(...) of it, " if isinstance(plain, str | int | float) else ""
         return TypeError(
             f"{self._name}: its result{place} {fault.reason}, which JSON would change; "
-            f"{annotate} (needs 'aiokv[pydantic]'), pass returns=, or return {_NATIVE}"
+            f"{convert}{annotate}{needed}, pass returns=, or return {_NATIVE}"
         )
 
     def _attempt(self, to_json: Callable[..., bytes], mode: _Mode, result: object) -> bytes | Difference:

@@ -33,7 +33,7 @@ from aiokv.server.log_limit import LogLimit
 from aiokv.server.options import ServerOptions
 from aiokv.server.readiness import Readiness
 from aiokv.server.requests import Request
-from aiokv.wire import METHODS, TOKEN_PATH, Verb, value_body
+from aiokv.wire import METHODS, NO_SUCH_PATH, TOKEN_PATH, Verb, value_body
 
 logger = logging.getLogger("aiokv.server")
 
@@ -182,7 +182,7 @@ class Service:
             if (refused := self.extensions.admit(request, path, query)) is not NO_EXTENSION:
                 return refused
             pages = ", ".join((*self.extensions.paths, *(page.decode() for page in self.pages)))
-            return refusal(404, f"no such path; known: /get/, /set/, /delete/ with {{db_name}}/{{key}}, {pages}")
+            return refusal(404, f"{NO_SUCH_PATH}, /set/, /delete/ with {{db_name}}/{{key}}, {pages}")
         request.verb, request.key = "other", address
         if request.method != b"GET":
             return wrong_method(b"GET")
@@ -299,9 +299,10 @@ class Service:
             self.admission.release(request)
             request.account = issued.account
             return _token_answer(request, issued.token, issued.expires_at)
+        is_key = request.fields.get(b"authorization", b"").lower().startswith(b"key ")
         refused = refusal(
             401,
-            "the key is not known here; expected 'Authorization: Key <id>:<secret>'",
+            "the key is unknown here or was revoked" if is_key else "expected a key: 'Authorization: Key <id>:<secret>'",
             b"WWW-Authenticate: Key\r\n",
             reason="unauthorized",
         )

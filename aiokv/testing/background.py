@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 # A stalled attempt takes its whole time, even where the waits between attempts are disabled.
 FLAKY_RETRY = RetryPolicy(attempt_timeout=1.0)
-_DRAIN_SECONDS = 1.0
+# A quarter of it is for the connections of stores that a test has left open; nobody uses them after the test.
+_DRAIN_SECONDS = 0.04
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import aiohttp
 import pytest
 from aiohttp import ClientTimeout, web
 from http_origin import Client, Origin, client_of, contents_of, http_date
+from multidict import CIMultiDict
 
 from aiokv import AsyncKVStore
 from aiokv.adapters.aiohttp_client import outcome_of
@@ -61,6 +62,20 @@ async def test_private_cache_keeps_a_private_confirmation(store: AsyncKVStore, o
         moved.advance(6)
         assert (await client.get("/", Authorization="alice"))[0] == "revalidated"
         assert (await client.get("/", Authorization="alice"))[0] == "hit"
+
+
+@pytest.mark.parametrize("name", ["Cookie", "Authorization", "Host"])
+async def test_header_that_comes_twice_counts_whole(store: AsyncKVStore, origin: Origin, name: str) -> None:
+    origin.answers["/"] = lambda request: web.Response(
+        text=request.headers.getall(name)[-1], headers={"Cache-Control": "private, max-age=100"}
+    )
+    async with client_of(store, origin, shared=False) as client:
+        seen = []
+        for user in ("alice", "bob", "alice"):
+            headers = CIMultiDict([(name, "all"), (name, user)])
+            async with client.session.get(origin.base, headers=headers) as response:
+                seen.append((await response.text(), outcome_of(response)))
+    assert seen == [("alice", "miss"), ("bob", "miss"), ("alice", "hit")]
 
 
 @pytest.mark.parametrize("how", ["timeout", "reset", "cancelled"])
@@ -146,6 +161,43 @@ async def test_shared_cache_serves_nothing_stale_that_forbids_it(
         moved.advance(5)
         origin.says("/", "down", status=503)
         assert await client.get("/") == ("miss", "down")
+
+
+@pytest.mark.parametrize("lifetime", ["max-age=0, ", ""])
+async def test_response_that_is_never_fresh_is_served_stale_where_it_says_so(
+    client: Client, moved: MovableClock, lifetime: str
+) -> None:
+    client.origin.says("/", Cache_Control=f"{lifetime}stale-while-revalidate=60")
+    client.origin.says("/e", Cache_Control=f"{lifetime}stale-if-error=60")
+    assert [(await client.get(path))[0] for path in ("/", "/e")] == ["miss", "miss"]
+    moved.advance(59)
+    client.origin.says("/e", "down", status=503)
+    assert [(await client.get(path))[0] for path in ("/", "/e")] == ["stale", "stale"]
+    moved.advance(1)
+    assert await client.get("/e") == ("miss", "down")
+
+
+@pytest.mark.parametrize("age", ["100", "9223372036854775808", "9" * 4000, f"{0:04000d}100"])
+async def test_response_that_is_too_old_on_arrival_is_not_served_again(client: Client, age: str) -> None:
+    client.origin.says("/", Cache_Control="max-age=60", Age=age)
+    assert [(await client.get("/"))[0] for _ in range(2)] == ["miss", "miss"]
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "multipart/x-mixed-replace; boundary=x"])
+async def test_body_without_an_end_comes_as_it_is_sent(client: Client, kind: str) -> None:
+    opened = asyncio.Event()
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Cache-Control": "max-age=60", "Content-Type": kind})
+        await response.prepare(request)
+        await response.write(b"first")
+        await opened.wait()
+        return response
+
+    client.origin.answers["/"] = endless
+    async with asyncio.timeout(10), client.session.get(client.origin.base) as response:
+        assert await response.content.readany() == b"first"
+        opened.set()
 
 
 async def test_private_cache_serves_stale_what_concerns_shared_ones(

@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import logging
+import ssl
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import ClientTimeout, web
-from http_origin import Client, Origin
+from http_origin import Client, Origin, contents_of
 
 from aiokv import AsyncKVStore
 from aiokv.adapters.aiohttp_client import caching, outcome_of
@@ -70,6 +72,53 @@ async def served(text: str, path: str) -> AsyncGenerator[None]:
         yield
     finally:
         await runner.cleanup()
+
+
+async def test_request_with_trust_of_its_own_is_not_cached(store: AsyncKVStore, caplog: pytest.LogCaptureFixture) -> None:
+    trustme = pytest.importorskip("trustme", reason="pip install trustme")
+    authority = trustme.CA()
+    served_by, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1").configure_cert(served_by)
+    authority.configure_trust(trusting)
+    arrived, opened = asyncio.Event(), asyncio.Event()
+
+    async def handle(_: web.BaseRequest) -> web.StreamResponse:
+        arrived.set()
+        await opened.wait()
+        return web.Response(text="hello", headers=FRESH)
+
+    runner = web.ServerRunner(web.Server(handle), shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=served_by)
+    await site.start()
+    url = f"{site.name}/"
+    async with caching(store) as cache, aiohttp.ClientSession(middlewares=[cache]) as session:
+        careless = asyncio.create_task(session.get(url, ssl=False))
+        await arrived.wait()
+        # It does not wait for that one, either.
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await session.get(url)
+        opened.set()
+        assert outcome_of(await careless) == "bypass"
+        with caplog.at_level(logging.DEBUG, "aiokv"):
+            assert outcome_of(await session.get(url, ssl=trusting)) == "bypass"
+        assert "ssl= of its own is not cached" in caplog.text
+        assert await contents_of(store) == ""
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await session.get(url)
+        connector = aiohttp.TCPConnector(ssl=trusting)
+        async with aiohttp.ClientSession(middlewares=[cache], connector=connector) as trusted:
+            assert [outcome_of(await trusted.get(url)) for _ in range(2)] == ["miss", "hit"]
+            # Changes count, whoever makes them.
+            await session.put(url, ssl=trusting)
+            assert outcome_of(await trusted.get(url)) == "miss"
+    await runner.cleanup()
+
+
+async def test_own_trust_does_not_matter_without_tls(client: Client) -> None:
+    client.origin.says("/", Cache_Control="max-age=100")
+    outcomes = [outcome_of(await client.session.get(client.origin.base, ssl=False)) for _ in range(2)]
+    assert outcomes == ["miss", "hit"]
 
 
 async def test_own_timeout_of_the_first_request_does_not_end_the_others(client: Client) -> None:

@@ -13,7 +13,7 @@ from asgi_origin import Headers, Origin, ask
 from helpers import still_clock
 
 from aiokv import AsyncKVStore
-from aiokv.adapters.fastapi import ResponseCache, cached_route
+from aiokv.adapters.fastapi import ResponseCache, _check_that_routes_handle_requests, cached_route
 
 
 @pytest.fixture
@@ -438,6 +438,55 @@ async def test_two_workers_share_responses(tmp_path: Path) -> None:
         answers.append(await ask(app, "/v1/forecast/oslo"))
     assert [one.status for one in answers] == [200, 200]
     assert (calls, "age" in answers[1].headers) == (["oslo"], True)
+
+
+async def test_route_of_a_router_in_a_router_is_made_anew_behind_its_caller(store: AsyncKVStore) -> None:
+    fastapi = pytest.importorskip("fastapi", reason="fastapi is not installed: pip install 'aiokv[fastapi]'")
+    inner = fastapi.APIRouter(route_class=cached_route(store, ttl=10, stale_while_revalidate=60, ignore=["cookie"]))
+    outer, app = fastapi.APIRouter(), fastapi.FastAPI()
+    assert inner.route_class.cache.responses.info().computations == 0
+    cookies: list[str | None] = []
+
+    async def depend(request: fastapi.Request) -> None:
+        cookies.append(request.headers.get("cookie"))
+
+    @inner.get("/news/{page}")
+    async def news(page: int) -> int:
+        return page * len(cookies)
+
+    @inner.post("/post")
+    async def post() -> int:
+        return len(cookies)
+
+    outer.include_router(inner, prefix="/inner")
+    app.include_router(outer, prefix="/outer", dependencies=[fastapi.Depends(depend)])
+    path = "/outer/inner/news/7"
+    with still_clock() as clock:
+        assert [(await ask(app, path, [("Cookie", "a=b")])).body for _ in range(2)] == [b"7", b"7"]
+        clock.advance(20)
+        assert (await ask(app, path)).body == b"7"
+        await until(lambda: len(cookies) == 2)
+        await asyncio.sleep(0.05)
+        assert (await ask(app, path)).body == b"14"
+    assert cookies == [None, None]
+    assert inner.route_class.cache.responses.info().computations == 2
+    assert [(await ask(app, "/outer/inner/post", method=method)).status for method in ("GET", "POST")] == [405, 200]
+
+
+def test_a_fastapi_that_does_not_ask_the_class_of_a_route_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    routing = pytest.importorskip("fastapi.routing", reason="fastapi is not installed: pip install 'aiokv[fastapi]'")
+
+    def initialize(route: Any, *args: Any, **kwargs: Any) -> None:
+        initialize_route(route, *args, **kwargs)
+        route.handle = route.app
+
+    initialize_route = routing.APIRoute.__init__
+    _check_that_routes_handle_requests.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(routing.APIRoute, "__init__", initialize)
+        with pytest.raises(RuntimeError, match="use the middleware ResponseCache"):
+            cached_route()
+    cached_route()
 
 
 async def test_middleware_over_a_whole_app_serves_it_too(store: AsyncKVStore) -> None:

@@ -63,6 +63,30 @@ async def test_another_host_at_the_same_address_has_responses_of_its_own(store: 
         assert (await get())[1] is False
 
 
+async def test_response_to_a_url_with_a_password_is_not_stored(store: AsyncKVStore, origin: Origin) -> None:
+    origin.says("/", Cache_Control="public, max-age=100")
+    async with hishel_httpx.AsyncCacheClient(storage=AsyncKVStorage(store), rfc=True) as client:
+        for _ in range(2):
+            got = await client.get(origin.base.replace("//", "//joe:secret@") + "/")
+            assert (got.text, got.extensions["caching"]["from_cache"]) == ("hello", False)
+        assert await store.count() == 0
+        for is_stored in (False, True):
+            got = await client.get(f"{origin.base}/?mail=a@b")
+            assert got.extensions["caching"]["from_cache"] is is_stored
+
+
+async def test_requests_with_keys_of_their_own_are_apart(store: AsyncKVStore, origin: Origin) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(text=await request.text(), headers={"Cache-Control": "max-age=100", "Date": http_date()})
+
+    origin.answers["/"] = answer
+    async with hishel_httpx.AsyncCacheClient(storage=AsyncKVStorage(store), rfc=True) as client:
+        for body in ("one", "two", "one"):
+            got = await client.request("GET", origin.base, content=body, extensions={"caching": {"key": f"key of {body}"}})
+            assert got.text == body
+    assert got.extensions["caching"]["from_cache"] is True
+
+
 @pytest.mark.parametrize("verb", ["delete", "get"])
 async def test_change_while_the_store_fails_does_not_bring_the_old_back(
     origin: Origin, caplog: pytest.LogCaptureFixture, verb: str

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import pytest
 from caching_under_test import watched_store
 
-from aiokv import AsyncKVStore, CachedFunction, NearCache, kv_cached, set_default_store
+from aiokv import AsyncKVStore, CachedFunction, KVStore, NearCache, kv_cached, set_default_store
 
 kv = AsyncKVStore("db", url="memory://cached-results")
 
@@ -253,6 +253,11 @@ async def test_parameters_may_have_any_name(store: AsyncKVStore) -> None:
     assert (peeked.value, await compute(**named), await compute.refresh(**named)) == (99, 99, 10)
     await compute.invalidate(**named)
     assert await compute.peek(**named) is None
+
+
+def test_default_store_of_blocking_code_names_the_way_out() -> None:
+    with pytest.raises(TypeError, match=r"not KVStore; pass store\.async_store"):
+        set_default_store(KVStore("db", url="memory://blocking"))  # type: ignore[arg-type]
 
 
 async def test_default_store_serves_where_none_is_named(store: AsyncKVStore) -> None:

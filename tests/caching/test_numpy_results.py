@@ -437,3 +437,24 @@ async def test_an_array_that_fits_just_is_stored(store: AsyncKVStore) -> None:
 def test_numpy_is_not_imported_by_the_package() -> None:
     code = "import sys, aiokv; from aiokv import kv_cached; assert not {'numpy', 'pandas', 'pyarrow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (np.float64(1), r"return float\(...\) of it"),
+        (np.int64(1), r"return int\(...\) of it"),
+        (np.bool_(True), r"return bool\(...\) of it"),
+        (np.zeros(2), "JSON would change; annotate the return type, pass"),
+    ],
+    ids=["float64", "int64", "bool", "array"],
+)
+def test_what_is_not_annotated_names_a_way_out_without_pydantic(result: object, words: str) -> None:
+    with pytest.raises(TypeError, match=words) as caught:
+        codec_of(Any).dump(result)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_scalar_of_another_type_than_annotated_is_to_be_converted() -> None:
+    with pytest.raises(TypeError, match=r"return float\(...\) of it, make the return annotation say"):
+        codec_of(float).dump(np.float64(1))

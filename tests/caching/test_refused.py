@@ -47,8 +47,8 @@ async def _coroutine_function(name: str) -> str:
         (len, "len is a builtin_function_or_method.*call it in a def"),
         (staticmethod(_coroutine_function), "below @staticmethod"),
         (property(_plain), "a property is not a function"),
-        (None, "a NoneType is not a function"),
-        (3, r"@kv_cached\(60\) with its parentheses"),
+        (None, "NoneType is not a function"),
+        (3, r"^write @kv_cached\(60\) with its parentheses.*int is not a function"),
     ],
     ids=stable_id,
 )

@@ -441,3 +441,9 @@ def test_code_of_the_page_runs(tmp_path: Path, number: int) -> None:
 def test_limits_of_the_page_are_those_of_the_code() -> None:
     assert f"{MAX_VALUE_BYTES:,} bytes" in PAGE
     assert f"{MAX_CONTENT_BYTES // 2**20} MiB" in PAGE
+
+
+@pytest.mark.parametrize("result", [pd.DataFrame({"a": [1]}), pa.table({"a": [1]})], ids=["pandas", "arrow"])
+def test_table_of_a_function_without_annotation_names_the_extra_of_tables(result: object) -> None:
+    with pytest.raises(TypeError, match=r"annotate the return type \(needs 'aiokv\[pandas\]'\)"):
+        codec_of(Any).dump(result)

@@ -82,12 +82,16 @@ def test_ping_says_which_step_fails_and_what_to_do(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         free = listening.getsockname()[1]
     key = run("access", "add", "alice", "--read-only", "--access-file", "access", folder=tmp_path).stdout.strip()
-    with served_process("--store", "memory://", "--access-file", str(tmp_path / "access"), home=tmp_path) as (_, address):
+    with (
+        served_process("--store", "memory://", "--access-file", str(tmp_path / "access"), home=tmp_path) as (_, address),
+        served_process("--store", "memory://", home=tmp_path) as (_, other),
+    ):
         cases = [
             ("http://no-such-host.invalid", (), "", "resolve", "look at the host in the URL"),
             (f"http://127.0.0.1:{free}", (), "", "connect", "nothing listens at 127.0.0.1"),
             (address.replace("http", "https"), (), "", "TLS", "does not speak TLS"),
             (address, (), "alice:wrong", "sign in", "AIOKV_KEY"),
+            (f"{other}/kv", (), "", "sign in", "look at the path in the URL"),
             (address, ("--write",), key, "set", "read-only"),
             ("sqlite:///nowhere/kv.db", (), "", "open", "make it first"),
             (f"redis+cluster://127.0.0.1:{free},localhost:{free}", (), "", "connect", "nothing listens at 127.0.0.1"),

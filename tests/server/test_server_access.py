@@ -331,6 +331,15 @@ async def test_answer_to_a_wrong_key_waits_and_to_a_right_one_does_not(
             await exchange(session, address, key)
 
 
+async def test_unknown_key_is_told_from_what_is_no_key(access: AccessFile, session: aiohttp.ClientSession) -> None:
+    async with running_server(MemoryBackend(), access=access) as address:
+        answers = [await ask(session, "POST", f"{address}{TOKEN_PATH}", text, data="{}") for text in ("Key a:b", "Bearer x")]
+    assert [(status, content["error"]) for status, content, _ in answers] == [
+        (401, "the key is unknown here or was revoked"),
+        (401, "expected a key: 'Authorization: Key <id>:<secret>'"),
+    ]
+
+
 async def test_call_that_a_key_may_not_make_is_refused_and_touches_nothing(path: Path, session: aiohttp.ClientSession) -> None:
     keys = [add_key(path, "alice"), add_key(path, "alice", read_only=True), add_key(path, "alice", db_patterns=("cache-*",))]
     backend = MemoryBackend()

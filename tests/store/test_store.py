@@ -241,8 +241,10 @@ def test_credentials_of_another_type_are_refused() -> None:
     ("url", "words"),
     [
         ("disc://h", "unknown scheme 'disc'"),
-        ("kv.fal.media", "unknown scheme"),
-        ("", "unknown scheme"),
+        ("kv.fal.media", "url 'kv.fal.media' has no scheme, such as sqlite:///kv.db for a file"),
+        ("", "url '' has no scheme"),
+        ("5e0f-id:s3cret", "url has no scheme"),
+        ("kv.db?s3cret", "url has no scheme"),
         ("https://", "names no host"),
         ("http://id:s3cret@h", "must not hold credentials"),
         ("https://h?x=1", "query or a fragment"),
@@ -270,7 +272,7 @@ async def test_url_comes_from_the_environment_at_the_first_call(monkeypatch: pyt
 
 async def test_malformed_url_of_the_environment_is_refused_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIOKV_URL", "nonsense")
-    with pytest.raises(ConfigurationError, match="unknown scheme"):
+    with pytest.raises(ConfigurationError, match="url 'nonsense' has no scheme"):
         await AsyncKVStore("db").get("k")
 
 

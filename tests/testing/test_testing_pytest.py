@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from helpers import clean_environment
 
 import aiokv.testing
+from aiokv.testing.background import in_thread, kv_server
 
 SYNCHRONOUS = """
 import asyncio
@@ -143,6 +145,14 @@ def test_nothing(kv_server):
 """
     output = run_pytest(tmp_path, source, *LOOP_SCOPE)
     assert "UsageError: kv_server keeps its values in 'memory' or 'sqlite', not 'redis'" in output
+
+
+def test_store_that_is_left_open_does_not_hold_the_end_of_its_server_up() -> None:
+    began = time.monotonic()
+    for _ in range(20):
+        with in_thread(lambda: kv_server(None)) as server:
+            aiokv.KVStore("db", url=server.url).set("k", "v")
+    assert time.monotonic() - began < 5
 
 
 def test_package_does_not_load_its_own_test_tools() -> None:

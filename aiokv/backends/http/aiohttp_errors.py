@@ -62,7 +62,9 @@ ERROR_MAP: dict[type[Exception], _Mapped] = {
 }
 
 
-def map_error(error: Exception, connect_seconds: float, *, write: bool, connected: bool = True) -> CallError:
+def map_error(
+    error: Exception, connect_seconds: float, *, write: bool, connected: bool = True, plain: bool = False
+) -> CallError:
     """Return aiokv's error for one of aiohttp's or the system's.
 
     Args:
@@ -70,6 +72,7 @@ def map_error(error: Exception, connect_seconds: float, *, write: bool, connecte
         connect_seconds: How long a connection may take, for the message.
         write: Whether the request would have changed something.
         connected: False where the request is known to have had no connection, so that nothing was sent.
+        plain: Whether it went over plain HTTP.
 
     Returns:
         The error, without headers and bodies; a write that was sent may have been applied.
@@ -80,6 +83,8 @@ def map_error(error: Exception, connect_seconds: float, *, write: bool, connecte
     if mapped is _NO_ANSWER and not connected:
         mapped = _NOT_IN_TIME
     message = mapped.message.format(detail=_detail(error), connect_seconds=connect_seconds)
+    if plain and isinstance(error, aiohttp.ServerDisconnectedError):
+        message += "; if every call ends so, the server may want https://"
     return mapped.kind(message, maybe_applied=write and mapped.sent and connected, transient=mapped.transient)
 
 

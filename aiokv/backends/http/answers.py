@@ -1,13 +1,15 @@
 """What an answer that is no success becomes: an error without the secrets that the answer may echo."""
 
 from aiokv.backends.http.transport import Answer
-from aiokv.errors import CallError
-from aiokv.wire import error_detail, error_for_status, parse_retry_after, printable, redact
+from aiokv.errors import CallError, ResponseError
+from aiokv.wire import NO_SUCH_PATH, error_body, error_detail, error_for_status, parse_retry_after, printable, redact
 
 _OK = 200
 _UNAUTHORIZED = 401
 _FORBIDDEN = 403
 _NOT_FOUND = 404
+# Without the end of the text and of the JSON.
+_NO_SUCH_PATH = error_body(NO_SUCH_PATH)[:-2]
 
 
 def refused_exchange(answer: Answer, authorization: str, source: str) -> CallError:
@@ -65,6 +67,21 @@ def error_of(answer: Answer, secrets: tuple[str, ...], *, write: bool) -> CallEr
 def is_good(answer: Answer) -> bool:
     """Return whether a read's answer makes a second one needless."""
     return answer.status in {_OK, _NOT_FOUND}
+
+
+def check_absent(answer: Answer) -> None:
+    """Raise ResponseError where a get's 404 is not about the key.
+
+    Args:
+        answer: The answer. fal's service promises no body, so only what surely says something else is refused.
+    """
+    if answer.headers.get("Content-Type", "").startswith("text/html"):
+        reason = "the answer is a page, so no such service answers there: look at the host and the port in the URL"
+    elif answer.body.startswith(_NO_SUCH_PATH):
+        reason = "the server does not know the path of the call: look at the path in the URL; `aiokv serve` is at its top"
+    else:
+        return
+    raise ResponseError(reason, status=answer.status)
 
 
 def id_of_request(answer: Answer, secrets: tuple[str, ...]) -> str | None:

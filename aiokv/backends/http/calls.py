@@ -7,7 +7,7 @@ from typing import Any
 
 from yarl import URL
 
-from aiokv.backends.http.answers import error_of, id_of_request, is_good, refused_exchange, secrets_of
+from aiokv.backends.http.answers import check_absent, error_of, id_of_request, is_good, refused_exchange, secrets_of
 from aiokv.backends.http.availability import availability_of
 from aiokv.backends.http.credentials import choose_credentials, find_authorization, is_fal_host, token_url
 from aiokv.backends.http.extensions import EXTENSIONS, Extensions
@@ -277,6 +277,7 @@ class Calls:
             if answer.status in {_OK, call.other_status}:
                 return self._parse_answer(call, answer, header)
             if answer.status == _NOT_FOUND and call.verb == "get":
+                check_absent(answer)
                 return None
             raise self._refused_call(call, answer, header)
         except CallError as error:

@@ -299,7 +299,8 @@ class Transport:
             if self._session.closed:
                 ours: CallError = StoreClosedError("the store was closed meanwhile", maybe_applied=write and connected)
             else:
-                ours = map_error(error, timeouts.connect_seconds, write=write, connected=connected)
+                plain = url.scheme == "http"
+                ours = map_error(error, timeouts.connect_seconds, write=write, connected=connected, plain=plain)
         except RuntimeError as error:
             if not self._session.closed:
                 raise

@@ -141,6 +141,12 @@ def test_error_of_the_system_is_a_broken_connection(error: Exception) -> None:
     assert type(map_error(error, 3.0, write=True)) is TransportError
 
 
+def test_server_that_hangs_up_on_plain_http_may_want_tls() -> None:
+    error = aiohttp.ServerDisconnectedError()
+    assert "may want https://" in str(map_error(error, 3.0, write=False, plain=True))
+    assert "https" not in str(map_error(error, 3.0, write=False))
+
+
 def test_certificate_and_url_are_not_worth_another_try() -> None:
     final = {kind for kind, mapped in ERROR_MAP.items() if mapped.transient is False}
     assert final == {

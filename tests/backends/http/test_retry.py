@@ -214,6 +214,20 @@ async def test_absent_key_is_none_for_a_get_alone() -> None:
     assert len(recorded.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("body", "content_type", "words"),
+    [
+        (b"<html>", "text/html; charset=utf-8", "look at the host and the port in the URL"),
+        (b'{"error":"no such path; known: /get/, /set/"}', "application/json", "look at the path in the URL"),
+    ],
+)
+async def test_404_that_is_not_about_the_key_is_no_answer_to_a_get(body: bytes, content_type: str, words: str) -> None:
+    async with service(Step(404, body, {"Content-Type": content_type})) as (backend, recorded):
+        with pytest.raises(ResponseError, match=words) as caught:
+            await backend.get("db", "key")
+    assert (caught.value.status, caught.value.key, len(recorded.requests)) == (404, "key", 1)
+
+
 @pytest.mark.parametrize("status", [201, 202, 204])
 async def test_success_that_the_protocol_does_not_know_leaves_the_outcome_open(status: int) -> None:
     async with service(Step(status, b"")) as (backend, recorded):
@@ -316,6 +330,11 @@ async def test_unknown_host_is_told_in_words(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(error, ConnectError)
     assert "Name or service not known" in str(error)
     assert not error.maybe_applied
+
+
+async def test_server_that_hangs_up_on_plain_http_may_want_tls() -> None:
+    async with service(*[DROP] * 4) as (backend, _):
+        assert "may want https://" in str(await failure(backend, "get"))
 
 
 async def test_failed_tls_handshake_is_told_in_words() -> None:
