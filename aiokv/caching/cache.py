@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import copy
 import os
 import random
 import threading
@@ -369,7 +368,7 @@ class Cache:
         if flight.interest > 1:
             # A class of the program's may fail in its own way.
             with contextlib.suppress(Exception):
-                return copy.deepcopy(outcome.value)
+                return self.results.copy(outcome.value)
         return outcome.value
 
     def _after_fork_in_child(self) -> None:

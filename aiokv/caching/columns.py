@@ -1,34 +1,51 @@
 """Columns of Arrow without the bytes that nobody sees: those under nulls, and those outside of a slice. Pure."""
 
 import importlib
+import itertools
+from collections.abc import Callable
 from typing import Any
+
+from aiokv.caching.packing import check_size
 
 
 def compact(column: Any, arrow: Any) -> Any:  # noqa: PLR0911 (one for each kind of type)
     """Return an array of equal values in memory that holds nothing else, as far as Arrow offers a way.
 
-    Dictionaries are kept whole, since they can be seen. Unions, views of lists and run-end encoded
+    All values of a dictionary are kept, since they can be seen. Sparse unions, views of lists and run-end encoded
     columns are kept as they are.
 
     Args:
         column: A `pyarrow.Array`.
         arrow: The module pyarrow.
+
+    Raises:
+        Unpackable: Views of texts or bytes refer to too much.
+        pyarrow.ArrowNotImplementedError: Arrow has no way to copy the column.
     """
     kind, types = column.type, arrow.types
     if isinstance(kind, arrow.BaseExtensionType):
         return arrow.ExtensionArray.from_storage(kind, compact(column.storage, arrow))
     if types.is_dictionary(kind):
         indices = compact(column.indices, arrow)
-        return arrow.DictionaryArray.from_arrays(indices, column.dictionary, ordered=kind.ordered)
+        return arrow.DictionaryArray.from_arrays(indices, compact(column.dictionary, arrow), ordered=kind.ordered)
     if types.is_struct(kind):
         return _compact_struct(column, arrow)
     if types.is_list(kind) or types.is_large_list(kind):
         return _compact_list(column, arrow)
-    if str(kind) in {"string_view", "binary_view"}:
+    if types.is_nested(kind) and _has_type(kind, _is_kept, arrow):
+        return column
+    if types.is_map(kind):
+        return _compact_map(column, arrow)
+    if types.is_fixed_size_list(kind) and kind.list_size:
+        return _compact_fixed_list(column, arrow)
+    if _is_view(kind, arrow):
+        # One long text may be seen many times.
+        check_size(count_bytes(column, arrow))
         return arrow.array(column.to_pylist(), kind)
-    if types.is_nested(kind):
-        return column if _is_kept(kind, arrow) else _take_all(column, arrow)
-    return _take_all(column, arrow) if column.null_count and not types.is_null(kind) else column
+    if types.is_nested(kind) or (column.null_count and not types.is_null(kind)):
+        return _take_all(column, arrow)
+    # Of two parts Arrow makes an array in new memory.
+    return column if _is_tight(column, arrow) else arrow.concat_arrays([column, column.slice(0, 0)])
 
 
 def _compact_struct(column: Any, arrow: Any) -> Any:
@@ -53,6 +70,22 @@ def _compact_list(column: Any, arrow: Any) -> Any:
     return make.from_arrays(offsets, values, type=kind, mask=column.is_null() if column.null_count else None)
 
 
+def _compact_map(column: Any, arrow: Any) -> Any:
+    column = _take_all(column, arrow)
+    mask = column.is_null() if column.null_count else None
+    keys, items = compact(column.keys, arrow), compact(column.items, arrow)
+    return arrow.MapArray.from_arrays(column.offsets, keys, items, type=column.type, mask=mask)
+
+
+def _compact_fixed_list(column: Any, arrow: Any) -> Any:
+    kind = column.type
+    if column.null_count:
+        column = _take_all(column, arrow)
+    values = column.values.slice(column.offset * kind.list_size, len(column) * kind.list_size)
+    mask = column.is_null() if column.null_count else None
+    return arrow.FixedSizeListArray.from_arrays(compact(values, arrow), type=kind, mask=mask)
+
+
 def _take_all(column: Any, arrow: Any) -> Any:
     numbers = _compute().cumulative_sum(arrow.repeat(arrow.scalar(1, arrow.int64()), len(column)), start=-1)
     return column.take(numbers)
@@ -62,8 +95,64 @@ def _compute() -> Any:
     return importlib.import_module("pyarrow.compute")
 
 
-def _is_kept(kind: Any, arrow: Any) -> bool:
-    """Return whether `take` is missing for a nested type, or for one inside."""
-    if str(kind).startswith(("run_end_encoded", "list_view", "large_list_view")) or "view" in str(kind):
+def _is_tight(column: Any, arrow: Any) -> bool:
+    """Return whether a column without nulls, and without columns inside, is alone in its memory."""
+    types, kind = arrow.types, column.type
+    if types.is_boolean(kind):
+        # The last byte may have bits of other rows.
+        return False
+    last_offset_bytes = 0
+    if types.is_string(kind) or types.is_binary(kind):
+        last_offset_bytes = 4
+    elif types.is_large_string(kind) or types.is_large_binary(kind):
+        last_offset_bytes = 8
+    held_bytes = sum(part.size for part in column.buffers() if part is not None)
+    return bool(held_bytes == column.nbytes + last_offset_bytes)
+
+
+def count_bytes(column: Any, arrow: Any) -> int:
+    """Return a lower bound of the bytes that a copy of a column takes. Arrow counts all that a part refers to.
+
+    Args:
+        column: A `pyarrow.Array`.
+        arrow: The module pyarrow.
+    """
+    kind = column.type
+    if arrow.types.is_dictionary(kind):
+        return int(column.indices.nbytes)
+    if _is_view(kind, arrow):
+        # Each of 16 bytes begins with the length.
+        views = memoryview(column.buffers()[1]).cast("B").cast("i")
+        lengths = views[4 * column.offset : 4 * (column.offset + len(column)) : 4]
+        return sum(itertools.compress(lengths, column.is_valid().to_pylist()))
+    return 0 if _has_type(kind, _is_shared, arrow) else int(column.nbytes)
+
+
+def _has_type(kind: Any, is_searched: Callable[[Any, Any], bool], arrow: Any) -> bool:
+    """Return whether a type is searched for, or one inside."""
+    if is_searched(kind, arrow):
         return True
-    return bool(arrow.types.is_union(kind) and kind.mode == "sparse")
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    if isinstance(kind, arrow.BaseExtensionType):
+        inner.append(kind.storage_type)
+    elif arrow.types.is_dictionary(kind):
+        inner.append(kind.value_type)
+    return any(_has_type(each, is_searched, arrow) for each in inner)
+
+
+def _is_view(kind: Any, arrow: Any) -> bool:
+    return bool(arrow.types.is_string_view(kind) or arrow.types.is_binary_view(kind))
+
+
+def _is_list_view(kind: Any, arrow: Any) -> bool:
+    return bool(arrow.types.is_list_view(kind) or arrow.types.is_large_list_view(kind))
+
+
+def _is_shared(kind: Any, arrow: Any) -> bool:
+    return bool(arrow.types.is_dictionary(kind) or _is_view(kind, arrow) or _is_list_view(kind, arrow))
+
+
+def _is_kept(kind: Any, arrow: Any) -> bool:
+    """Return whether `take` is missing for a nested type."""
+    is_sparse = arrow.types.is_union(kind) and kind.mode == "sparse"
+    return bool(is_sparse or arrow.types.is_run_end_encoded(kind) or _is_list_view(kind, arrow))

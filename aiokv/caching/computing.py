@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import copy
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -292,7 +291,7 @@ class Computations:
                     outcome = failure(copy_error(outcome.joined or outcome.error))
                 elif outcome.json is None and outcome.kind == "shared":
                     # Where it cannot be copied, it is computed here.
-                    outcome = Outcome(value=copy.deepcopy(outcome.value))
+                    outcome = Outcome(value=self._results.copy(outcome.value))
                 flight.end(outcome if outcome is ABSENT else outcome._replace(own=Outcome().own))
                 return
         except asyncio.CancelledError:

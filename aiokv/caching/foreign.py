@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from aiokv.caching.arrays import array_identity
@@ -37,7 +38,7 @@ def find_identity(kind: type) -> tuple[bytes, Identify] | None:
         return _SCALAR, lambda scalar: array_identity(numpy.asarray(scalar), numpy)
     arrow: Any = sys.modules.get("pyarrow")
     if package == "pyarrow" and kind in {getattr(arrow, "Table", None), getattr(arrow, "RecordBatch", None)}:
-        return _TABLE, _arrow_identity
+        return _TABLE, partial(_identify_whole, _arrow_identity)
     pandas: Any = sys.modules.get("pandas")
     # Without the attribute it is being imported.
     return _find_in_pandas(kind, pandas) if hasattr(pandas, "DataFrame") else None
@@ -48,7 +49,7 @@ def _find_in_pandas(kind: type, pandas: Any) -> tuple[bytes, Identify] | None:
 
     try:
         if pandas_class(kind) is not None:
-            return _TABLE, _frame_identity
+            return _TABLE, partial(_identify_whole, _frame_identity)
     except Unpackable as fault:
         raise Unencodable(kind, f"{fault.reason} ({fault.advice})") from None
     if kind is pandas.Timestamp:
@@ -58,6 +59,15 @@ def _find_in_pandas(kind: type, pandas: Any) -> tuple[bytes, Identify] | None:
     if kind is type(pandas.NaT) or kind is type(pandas.NA):
         return _TABLE, lambda value: ("missing", repr(value))
     return None
+
+
+def _identify_whole(identify: Identify, value: Any) -> object:
+    try:
+        return identify(value)
+    except (Unencodable, RecursionError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 (other packages fail in their own ways)
+        raise Unencodable(type(value), f"cannot be read ({type(error).__qualname__})") from None
 
 
 def _frame_identity(value: Any) -> object:
@@ -114,22 +124,28 @@ def _arrow_column(column: Any) -> object:
     arrow: Any = sys.modules["pyarrow"]
     numpy: Any = sys.modules["numpy"]
     kind, types = column.type, arrow.types
+    is_text = types.is_string(kind) or types.is_large_string(kind)
+    is_binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    is_moment = types.is_temporal(kind) and not types.is_interval(kind)
+    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
+    # First: Arrow may unfold a column of another type, or have no functions for it.
+    if not (is_text or is_binary or is_moment or is_number or types.is_null(kind)):
+        raise Unencodable(type(column), f"holds values of type {kind}, which have no canonical encoding")
     array = column.combine_chunks() if hasattr(column, "combine_chunks") else column
     if isinstance(array, arrow.ChunkedArray):
         # What Arrow cannot combine, such as texts of more than 2 GiB.
         raise Unencodable(type(column), "is too large for one array of its type")
     missing = array_identity(numpy.asarray(array.is_null()), numpy)
     known = array.drop_null()
-    if types.is_string(kind) or types.is_large_string(kind):
-        return str(kind), missing, _digest_texts(text.encode("utf-8", "surrogatepass") for text in known.to_pylist())
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+    if is_text:
+        # Not all of them need be UTF-8.
+        known = known.cast(arrow.large_binary())
+    if is_text or is_binary:
         return str(kind), missing, _digest_texts(known.to_pylist())
     if types.is_null(kind):
         return str(kind), len(array)
-    if types.is_temporal(kind) and not types.is_interval(kind):
+    if is_moment:
         known = known.view(arrow.int64() if kind.bit_width == 64 else arrow.int32())  # noqa: PLR2004 (bits)
-    elif not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
-        raise Unencodable(type(column), f"holds values of type {kind}, which have no canonical encoding")
     return str(kind), missing, array_identity(known.to_numpy(zero_copy_only=False), numpy)
 
 

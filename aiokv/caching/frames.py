@@ -7,8 +7,9 @@ values. What has no such description is refused.
 
 import datetime as dt
 import decimal
+import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, cast
 
 from aiokv.caching.packing import MAX_CONTENT_BYTES, check_size
@@ -37,6 +38,9 @@ _CELLS: Final[dict[type, tuple[int, Callable[[Any], str], Callable[[str], Any]]]
 # Of numpy, for names: such as a column has among columns that are named by integers.
 _LABELS: Final = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"})
 _READERS = {code: read for code, _, read in _CELLS.values()}
+# No text stands for this one. Processors also make others, such as one with a sign.
+_NAN_BITS: Final = struct.pack("<d", float("nan")).hex()
+_READERS[_NAN] = lambda text: struct.unpack("<d", bytes.fromhex(text or _NAN_BITS))[0]
 
 
 def pandas_class(kind: type) -> str | None:
@@ -126,7 +130,8 @@ class Described:
         if self._is_plain(dtype):
             return self._plain(numpy.asarray(array))
         if isinstance(dtype, numpy.dtype) and dtype.kind == "O":
-            return self._cells(array)
+            codes, texts = self._cells(array)
+            return ["objects", self._plain(numpy.array(codes, dtype=numpy.int8)), self._take(texts)]
         if isinstance(dtype, pandas.CategoricalDtype):
             return ["category", self._plain(numpy.asarray(array.codes)), self._index(dtype.categories), bool(dtype.ordered)]
         if isinstance(dtype, pandas.DatetimeTZDtype):
@@ -142,7 +147,7 @@ class Described:
             if dtype.storage == "pyarrow":
                 return ["texts", self._take(_one_chunk(array.__arrow_array__().cast("large_string"))), na_value]
             missing = numpy.asarray(array.isna())
-            texts = ["" if is_missing else text for text, is_missing in zip(array, missing, strict=True)]
+            _, texts = self._cells("" if is_missing else text for text, is_missing in zip(array, missing, strict=True))
             return ["string", self._plain(missing), self._take(texts), na_value]
         if isinstance(array, pandas.arrays.IntegerArray | pandas.arrays.FloatingArray | pandas.arrays.BooleanArray):
             missing = numpy.asarray(array.isna())
@@ -167,19 +172,23 @@ class Described:
         if self._is_bounded:
             check_size(self._size_bytes + more_bytes)
 
-    def _cells(self, array: Any) -> list[Any]:
+    def _cells(self, cells: Iterable[Any]) -> tuple[list[int], list[str]]:
         codes, texts = [], []
-        for cell in array:
+        for cell in cells:
             code, text = self._cell(cell)
             codes.append(code)
             texts.append(text)
-        return ["objects", self._plain(self._numpy.array(codes, dtype=self._numpy.int8)), self._take(texts)]
+            self._size_bytes += len(text)  # One large object may stand in many cells.
+            self._check(0)
+        return codes, texts
 
     def _cell(self, cell: Any) -> tuple[int, str]:
         known = _CELLS.get(type(cell))
         if known is not None:
             code, write, _ = known
-            return (_NAN, "") if code == _FLOAT and cell != cell else (code, write(cell))  # noqa: PLR0124 (NaN)
+            if code == _FLOAT and cell != cell:  # noqa: PLR0124 (NaN)
+                return _NAN, struct.pack("<d", cell).hex().removeprefix(_NAN_BITS)
+            return code, write(cell)
         if cell is self._pandas.NA or cell is self._pandas.NaT:
             return (_NA if cell is self._pandas.NA else _NAT), ""
         raise Unpackable(f"has objects of type {type(cell).__qualname__}", _TO_PLAIN)
@@ -323,7 +332,7 @@ class Composer:
         return self._pandas.StringDtype(storage, na_value=self._numpy.nan)
 
     def _objects(self, codes: Any, texts: Sequence[str]) -> Any:
-        singletons = {_NAN: float("nan"), _NA: self._pandas.NA, _NAT: self._pandas.NaT}
+        singletons = {_NA: self._pandas.NA, _NAT: self._pandas.NaT}
         cells = self._numpy.empty(len(texts), dtype=object)
         for number, (code, text) in enumerate(zip(codes.tolist(), texts, strict=True)):
             cells[number] = singletons[code] if code in singletons else _READERS[code](text)
@@ -338,7 +347,7 @@ class Composer:
             if kind not in _LABELS:
                 raise ValueError("a stored name is of an unknown kind")
             return self._numpy.dtype(kind).type(float.fromhex(text) if kind[0] == "f" else int(text))
-        singletons = {_NAN: float("nan"), _NA: self._pandas.NA, _NAT: self._pandas.NaT}
+        singletons = {_NA: self._pandas.NA, _NAT: self._pandas.NaT}
         return singletons[code] if code in singletons else _READERS[code](content)
 
 

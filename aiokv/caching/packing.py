@@ -7,6 +7,7 @@ The content is the length of a head in 4 bytes, the head as JSON, spaces up to a
 
 import binascii
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,9 +65,39 @@ def check_size(size_bytes: int) -> None:
         raise _too_large(size_bytes)
 
 
-def _too_large(size_bytes: int) -> Unpackable:
+def check_head(head: object) -> None:
+    """Refuse names and attributes that are too large, before they are copied: one text may stand in them many times.
+
+    Args:
+        head: What orjson can write.
+
+    Raises:
+        Unpackable: Its JSON would have more than 4 MiB.
+        RecursionError: It is nested too deeply, or holds itself.
+    """
+    size_bytes = _count_head(head)
+    if size_bytes > _MAX_HEAD_BYTES:
+        raise _too_large(size_bytes, _MAX_HEAD_BYTES)
+
+
+def _count_head(part: object) -> int:
+    """Return a lower bound of the bytes of JSON; it ends above the limit."""
+    if not isinstance(part, str | list | tuple | dict):
+        return 1
+    size_bytes = len(part)
+    if isinstance(part, str):
+        return size_bytes
+    for each in itertools.chain(part, part.values()) if isinstance(part, dict) else part:
+        if size_bytes > _MAX_HEAD_BYTES:
+            break
+        size_bytes += _count_head(each)
+    return size_bytes
+
+
+def _too_large(size_bytes: int, limit_bytes: int = MAX_CONTENT_BYTES) -> Unpackable:
+    what = "takes" if limit_bytes == MAX_CONTENT_BYTES else "has names and attributes of"
     return Unpackable(
-        f"takes {size_bytes:,} bytes, over the limit of {MAX_CONTENT_BYTES:,} bytes before compression",
+        f"{what} {size_bytes:,} bytes, over the limit of {limit_bytes:,} bytes before compression",
         "return less of it, or split the work into several calls",
         is_size=True,
     )
@@ -83,15 +114,17 @@ def pack_content(head: object, body: Sequence[Any]) -> bytes:
         A JSON text of ASCII characters.
 
     Raises:
-        Unpackable: The content is over `MAX_CONTENT_BYTES`.
+        Unpackable: The body is over `MAX_CONTENT_BYTES`, or the head over 4 MiB.
     """
     size_bytes = sum(len(part) for part in body)
+    check_size(size_bytes)
     try:
+        check_head(head)
         start = orjson.dumps(head)
     except (orjson.JSONEncodeError, RecursionError):
         raise Unpackable("has names or attributes that JSON does not hold", "give it plain ones") from None
-    if size_bytes > MAX_CONTENT_BYTES or len(start) > _MAX_HEAD_BYTES:
-        raise _too_large(size_bytes + len(start))
+    if len(start) > _MAX_HEAD_BYTES:
+        raise _too_large(len(start), _MAX_HEAD_BYTES)
     start += b" " * (-(_LENGTH_BYTES + len(start)) % _ALIGNMENT)
     content = b"".join((len(start).to_bytes(_LENGTH_BYTES, "little"), start, *body))
     written = _written.get()

@@ -18,6 +18,7 @@ defaults, unset fields are left out. Else the stored text is ` [[sets, indices],
 """
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -103,6 +104,7 @@ class ResultCodec:
         """The mark of the annotated type's structure, once resolved; empty where nothing is annotated."""
         # Of arrays and tables, which are stored as binary content.
         self._form: Form | None = None
+        self._holds_packed = False
         # None: the result is its own JSON.
         self._to_json: Callable[..., bytes] | None = None
         self._to_python: Callable[..., object] = lambda result, **_: result
@@ -188,6 +190,7 @@ class ResultCodec:
         self._orders = description.orders
         self._is_annotated = returns is not Any
         if self._form is not None:
+            self._holds_packed = True
             self.load = self._form.load
         elif adapter is None:
             self.load = orjson.loads
@@ -212,6 +215,7 @@ class ResultCodec:
                 "both are texts in JSON; return a class with a field for each, or one of the two"
             )
         to_json, validate = self._to_json, self._validate
+        self._holds_packed = True
 
         def write(result: object, **options: Any) -> bytes:
             with bounded(is_write=True):
@@ -251,6 +255,20 @@ class ResultCodec:
         except (TypeError, LookupError, RecursionError):
             raise ValueError("the set fields of the result do not fit its models") from None
         return result
+
+    def copy(self, result: Any) -> Any:
+        """Copy a result that is not stored, with all that it holds; raise any error where that cannot be done.
+
+        Args:
+            result: What the function returned.
+        """
+        if self._holds_packed:
+            import pickle  # noqa: PLC0415 (large)
+
+            # `deepcopy` takes the objects in columns of pandas as they are.
+            with contextlib.suppress(Exception):
+                return pickle.loads(pickle.dumps(result))  # noqa: S301 (of this process)
+        return copy.deepcopy(result)
 
     @property
     def is_packed(self) -> bool:

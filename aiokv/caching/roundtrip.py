@@ -268,11 +268,13 @@ def _differ_in_own_state(back: Any, result: Any, orders: Orders) -> Difference |
     """Compare by the `==` of the class, and by all attributes."""
     kind = type(back)
     slots = _slots(kind)
+    # The items of a named tuple are compared already; arrays among them have no `==` of one bool.
+    is_tuple = cast("Any", kind).__eq__ is tuple.__eq__
     if cast("Any", kind).__eq__ is object.__eq__:
         if not slots and not hasattr(back, "__dict__"):
             # Its state cannot be read.
             return _differ_as_identities(back, result, orders)
-    elif not dataclasses.is_dataclass(kind) and (found := _differ_as_equals(back, result, orders)) is not None:
+    elif not (dataclasses.is_dataclass(kind) or is_tuple) and (found := _differ_as_equals(back, result, orders)) is not None:
         return found
     return _differ_in_dicts(back, result, orders) or _differ_in_slots(back, result, slots, orders)
 

@@ -5,10 +5,10 @@ import struct
 import sys
 from typing import Any, Final
 
-from aiokv.caching.columns import compact
+from aiokv.caching.columns import compact, count_bytes
 from aiokv.caching.frames import Composer, Described, looks_same, pandas_class
 from aiokv.caching.jsonable import is_native
-from aiokv.caching.packing import check_size, pack_content, unpack_content
+from aiokv.caching.packing import check_head, check_size, pack_content, unpack_content
 from aiokv.caching.padding import bytes_of
 from aiokv.caching.unpackable import Unpackable
 
@@ -19,6 +19,7 @@ _MAX_ROWS_WITHOUT_BYTES = 2**24
 _VIEWS: Final = {"b1": "u1", "f2": "u2", "c8": "f4", "c16": "f8", "M8": "i8", "m8": "i8"}
 _TYPES: Final = frozenset({"i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8"})
 _PANDAS, _ARROW = "pandas", "arrow"
+_EXTENSION: Final = b"ARROW:extension:name"
 _TEXTS: Final = "texts"
 _EXACTLY = "make the return annotation say exactly what is returned, or pass returns="
 
@@ -61,6 +62,7 @@ class FrameForm:
                 f"is of type {type(value).__qualname__}, and {self._class.__qualname__} is annotated", _EXACTLY, is_type=True
             )
         described = Described(value, is_bounded=True)
+        check_head(described.attributes)
         if type(described.attributes) is not dict or not is_native(described.attributes):
             raise Unpackable(
                 "has attrs that JSON does not hold", "keep only str, int, float, bool, None, list and dict in them"
@@ -159,8 +161,8 @@ class ArrowForm:
             raise Unpackable(
                 f"is of type {type(value).__qualname__}, and {self._class.__qualname__} is annotated", _EXACTLY, is_type=True
             )
-        # Before anything is copied. A dictionary, or the memory of views, may count more than once.
-        check_size(sum(column.nbytes for column in value.columns if _is_counted(column.type, self._arrow)))
+        # Before anything is copied.
+        check_size(sum(count_bytes(column, self._arrow) for batch in self._batches(value) for column in batch.columns))
         return pack_content([_ARROW, self._class.__name__], [self._write(value)])
 
     def load(self, json: bytes | str) -> Any:
@@ -183,15 +185,17 @@ class ArrowForm:
             and (self._write(back) == self._write(value) or back.equals(value))
         )
 
+    def _batches(self, value: Any) -> list[Any]:
+        return value.to_batches() if self._class is self._arrow.Table else [value]
+
     def _write(self, value: Any) -> memoryview:
-        batches = value.to_batches() if self._class is self._arrow.Table else [value]
         make = self._arrow.RecordBatch.from_arrays
         try:
             seen = [
                 make([compact(column, self._arrow) for column in batch.columns], schema=value.schema)
                 if batch.columns
                 else batch
-                for batch in batches
+                for batch in self._batches(value)
             ]
             return _write_stream(self._arrow, value.schema, seen)
         except self._arrow.ArrowException as error:
@@ -217,16 +221,19 @@ def find_table_form(kind: type) -> FrameForm | ArrowForm | None:
     return ArrowForm(kind) if kind in {getattr(arrow, "Table", None), getattr(arrow, "RecordBatch", None)} else None
 
 
-def _is_counted(kind: Any, arrow: Any) -> bool:
-    return not (arrow.types.is_dictionary(kind) or any(word in str(kind) for word in ("dictionary", "view")))
-
-
-def _check_names(kind: Any) -> None:
-    """Refuse names that are not UTF-8, which Arrow decodes where they are used."""
-    for number in range(kind.num_fields):
-        field = kind.field(number)
+def _check_fields(fields: Any, arrow: Any) -> None:
+    """Refuse names that are not UTF-8, which Arrow decodes where they are used, and types that are not registered here."""
+    for field in fields:
         str(field.name)
-        _check_names(field.type)
+        # Arrow reads a column of an unknown extension type as one of the type in which that stores its values.
+        if _EXTENSION in (field.metadata or {}):
+            raise ValueError("the stored table has an extension type that is unknown here")
+        kind = field.type
+        if isinstance(kind, arrow.BaseExtensionType):
+            kind = kind.storage_type
+        if arrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        _check_fields([kind.field(number) for number in range(kind.num_fields)], arrow)
 
 
 def _find_roles(described: Any, roles: dict[int, str]) -> None:
@@ -260,9 +267,7 @@ def _open_stream(arrow: Any, body: memoryview) -> tuple[Any, list[Any]]:
             batch.validate(full=True)
             batches.append(batch)
         schema = reader.schema
-    for field in schema:
-        str(field.name)
-        _check_names(field.type)
+    _check_fields(schema, arrow)
     if sum(batch.num_rows for batch in batches) > max(8 * len(body), _MAX_ROWS_WITHOUT_BYTES):
         raise ValueError("the stored table has more rows than bits")
     return schema, batches

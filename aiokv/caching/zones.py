@@ -23,6 +23,11 @@ def describe_zone(zone: Any) -> list[Any]:
     if type(zone) is dt.timezone:
         return ["offset", zone.utcoffset(None).total_seconds(), zone.tzname(None)]
     if type(zone) is zoneinfo.ZoneInfo and zone.key:
+        try:
+            # Zones that were read from a file, whose key is only a label, cannot be pickled.
+            zone.__reduce__()
+        except Exception:  # noqa: BLE001 (PicklingError, whose module is large)
+            raise Unpackable("has a time zone that was read from a file", "take zoneinfo.ZoneInfo(name)") from None
         return ["zoneinfo", zone.key]
     if _is_pytz(zone) and zone.zone:
         return ["pytz", zone.zone]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aiokv.caching.packing import unpack_content
-from aiokv.caching.results import ResultCodec
+from aiokv.caching.results import NotStorable, ResultCodec
 
 pd = pytest.importorskip("pandas", reason="pip install 'aiokv[pandas]'")
 pa = pytest.importorskip("pyarrow", reason="pip install 'aiokv[pandas]'")
@@ -102,6 +102,16 @@ def hidden_arrays() -> dict[str, Any]:
     known = pa.Array.from_buffers(pa.int64(), 4, [None, content])
     offsets = pa.py_buffer(np.array([0, 3], "i4").tobytes())
     views = pa.array(["SECRET!!SECRET!!SECRET", "x"], pa.string_view())
+    numbers = pa.array([1, int.from_bytes(SECRET, "little")])
+    words = pa.DictionaryArray.from_arrays(
+        pa.array([0, 1]),
+        pa.Array.from_buffers(
+            pa.string(),
+            2,
+            [pa.py_buffer(b"\1"), pa.py_buffer(np.array([0, 1, 9], "i4").tobytes()), pa.py_buffer(b"x" + SECRET)],
+        ),
+    )
+    named_view = pa.StructArray.from_arrays([pa.array(["x", "SECRET!!"])], ["view"])
     return {
         "int": nulls_over(pa.int64(), 4, content),
         "timestamp": nulls_over(pa.timestamp("us"), 4, content),
@@ -118,6 +128,21 @@ def hidden_arrays() -> dict[str, Any]:
         "slice of texts": pa.array(["SECRET!!", "x"]).slice(1),
         "slice of views": views.slice(1),
         "slice of lists of views": pa.ListArray.from_arrays([0, 1, 2], views).slice(1),
+        "first of texts": pa.array(["x", "SECRET!!"]).slice(0, 1),
+        "first of large texts": pa.array(["x", "SECRET!!"], pa.large_string()).slice(0, 1),
+        "first of numbers": numbers.slice(0, 1),
+        "first of fixed bytes": pa.array([b"12345678", SECRET], pa.binary(8)).slice(0, 1),
+        "first of moments": numbers.cast(pa.timestamp("us")).slice(0, 1),
+        "first of lists": pa.ListArray.from_arrays([0, 1, 2], numbers).slice(0, 1),
+        "first of structs": pa.StructArray.from_arrays([numbers], ["a"]).slice(0, 1),
+        "values of a dictionary": words,
+        "values of dictionaries in fixed lists": pa.FixedSizeListArray.from_arrays(words, 2),
+        "values of dictionaries in maps": pa.MapArray.from_arrays([0, 2], pa.array(["a", "b"]), words),
+        "first of fixed lists with a field that is called view": pa.FixedSizeListArray.from_arrays(named_view, 1).slice(0, 1),
+        "first of maps with a field that is called view": pa.MapArray.from_arrays(
+            [0, 1, 2], pa.array(["a", "b"]), named_view
+        ).slice(0, 1),
+        "slice of fixed lists of views": pa.FixedSizeListArray.from_arrays(views, 1).slice(1),
         "slice of a dense union": pa.UnionArray.from_dense(
             pa.array([0, 1], pa.int8()), pa.array([0, 0], pa.int32()), [pa.array(["SECRET!!"]), pa.array(["x"])]
         ).slice(1),
@@ -140,7 +165,23 @@ def test_bytes_under_nulls_and_outside_of_slices_are_not_stored(name: str) -> No
         assert back.schema.equals(table.schema)
 
 
-@pytest.mark.parametrize("name", ["int", "text", "list", "struct", "slice of texts"])
+@pytest.mark.parametrize("array", [pa.array([True] * 7), pa.array([None, True, True, None, None, True])], ids=["bool", "null"])
+def test_bits_of_other_rows_are_not_stored(array: Any) -> None:
+    for column in (array, pa.ListArray.from_arrays([0, 6], array), pa.FixedSizeListArray.from_arrays(array[:6], 6)):
+        alone = pa.record_batch({"a": pa.array(column[:1].to_pylist(), column.type)})
+        assert codec_of(pa.RecordBatch).dump(pa.record_batch({"a": column[:1]})) == codec_of(pa.RecordBatch).dump(alone)
+
+
+def test_views_that_arrow_cannot_copy_are_not_stored() -> None:
+    views = pa.array(["SECRET!!SECRET!!SECRET", "x"], pa.string_view())
+    maps = pa.MapArray.from_arrays([0, 1, 2], pa.array(["a", "b"]), views).slice(1)
+    with pytest.raises(NotStorable, match="ArrowNotImplementedError"):
+        codec_of(pa.Table).dump(pa.table({"a": maps}))
+
+
+@pytest.mark.parametrize(
+    "name", ["int", "text", "list", "struct", "slice of texts", "first of texts", "values of a dictionary"]
+)
 def test_bytes_under_nulls_of_a_series_of_arrow_are_not_stored(name: str) -> None:
     series = pd.Series(pd.arrays.ArrowExtensionArray(pa.chunked_array([hidden_arrays()[name]])))
     assert SECRET not in stored_bytes(pd.Series, series)
@@ -160,6 +201,10 @@ def test_bytes_under_nulls_of_a_series_of_arrow_are_not_stored(name: str) -> Non
         pa.array([None, True]),
         pa.RunEndEncodedArray.from_arrays([2, 4], [1, None]),
         pa.array([["a"], None], pa.list_view(pa.string())),
+        pa.array([[["a"]], None], pa.list_(pa.list_view(pa.string()), 1)),
+        pa.array([[("k", ["a"])], None], pa.map_(pa.string(), pa.list_view(pa.string()))),
+        pa.array([[["a"], None], None], pa.list_(pa.list_(pa.string(), 1), 2)),
+        pa.array([[], None], pa.list_(pa.string(), 0)),
         pa.array([], pa.list_(pa.string())),
     ],
     ids=lambda array: str(array.type),

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import importlib
+import importlib.resources
 import zoneinfo
 from typing import Any
 
@@ -56,6 +57,7 @@ DIFFERENT: list[Any] = [
     Frame({"a": pd.Series(["a", "b"], dtype=object)}),
     Frame({"a": pd.Series(["a", None], dtype=object)}),
     Frame({"a": pd.Series(["a", float("nan")], dtype=object)}),
+    Frame({"a": pd.Series(["a", -float("nan")], dtype=object)}),
     Frame({"a": pd.Series(["a", pd.NA], dtype=object)}),
     Frame({"a": pd.Series(["a", pd.NaT], dtype=object)}),
     Frame({"a": pd.Series(["a", ""], dtype=object)}),
@@ -200,10 +202,13 @@ class OwnFrame(pd.DataFrame):  # type: ignore[misc, name-defined]
         (Frame({"a": pd.arrays.SparseArray([0, 1])}), "Sparse"),
         (OwnFrame({"a": [1]}), "OwnFrame"),
         (pa.table({"a": [[1]]}), r"table.columns\[0\].*type list<"),
+        (pa.table({"a": pa.array(["a", None], pa.string_view())}), r"table.columns\[0\].*type string_view"),
+        (pa.table({"a": pa.array(["a"]).dictionary_encode()}), r"table.columns\[0\].*type dictionary"),
+        (pd.Series(pd.array(["a", None], dtype=pd.ArrowDtype(pa.binary_view()))), "type binary_view"),
         (pd.Period("2020"), "Period"),
         (pd.Categorical(["a"]), "Categorical"),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_value_without_a_key_is_a_type_error_that_says_what_to_do(value: Any, message: str) -> None:
     with pytest.raises(TypeError, match=f"{message}.*ignore=.*key="):
@@ -216,9 +221,36 @@ def test_zone_without_a_name_is_a_type_error() -> None:
         key_of(Moment("2020-01-01", tz=tz))
 
 
+def test_bytes_that_are_not_utf8_count_in_a_column_of_texts() -> None:
+    def texts(content: bytes) -> Any:
+        return pa.table({"a": pa.array([content]).view(pa.string())})
+
+    assert key_of(texts(b"\xff")) != key_of(texts(b"\xfe"))
+    assert key_of(texts(b"a")) == key_of(pa.table({"a": ["a"]}))
+
+
+def test_zone_of_a_file_is_a_type_error() -> None:
+    pytest.importorskip("tzdata", reason="pip install tzdata")
+    path = importlib.resources.files("tzdata") / "zoneinfo" / "America" / "New_York"
+    with path.open("rb") as file:
+        zone = zoneinfo.ZoneInfo.from_file(file, key="Europe/Paris")
+    for value in (Moment("2020-01-01", tz=zone), pd.Series([Moment("2020-01-01", tz=zone)])):
+        with pytest.raises(TypeError, match="read from a file"):
+            key_of(value)
+
+
+def test_index_that_pandas_itself_cannot_read_is_a_type_error() -> None:
+    index = pd.IntervalIndex.from_breaks(pd.RangeIndex(3))
+    if pd.__version__.startswith("2."):
+        pytest.skip("pandas 2 can read it: pip install 'pandas>=3'")
+    with pytest.raises(TypeError, match=r"IntervalIndex, which cannot be read.*key="):
+        key_of(index)
+
+
 def test_zone_counts_by_its_name() -> None:
     one, other = (Moment("2020-07-01", tz=zoneinfo.ZoneInfo(name)) for name in ("Europe/Oslo", "Europe/Berlin"))
     assert key_of(one) != key_of(other)
+    assert key_of(one) == key_of(Moment("2020-07-01", tz=zoneinfo.ZoneInfo.no_cache("Europe/Oslo")))
 
 
 async def test_table_that_changes_while_the_function_runs_is_not_stored(store: AsyncKVStore) -> None:
