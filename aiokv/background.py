@@ -6,21 +6,26 @@ does: its connections are closed.
 
 import asyncio
 import atexit
+import collections
 import concurrent.futures
 import contextlib
+import logging
 import os
 import threading
 from _thread import allocate_lock
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 Make = Callable[[], Coroutine[Any, Any, T]]
 
+logger = logging.getLogger("aiokv")
+
 # An interpreter that ends waits no longer for what was submitted, nor for connections to be closed.
 _MAX_FINISH_SECONDS = 2.0
 _MAX_END_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
 
 
 class Helper:
@@ -69,7 +74,9 @@ def run(make: Make[T], helper: Helper | None = None) -> T:
             helper.work()
             call.ended.acquire()
     except BaseException:
-        background.cancel(call)
+        # First of all, in one step that nothing interrupts: a second exception may keep the loop from being woken.
+        background.left.append(call)
+        background.cancel_left()
         while not call.has_ended:
             call.ended.acquire()
         raise
@@ -167,12 +174,23 @@ class _Call(Generic[T]):
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """An event loop that can look up a host's address also after the end of the main thread, when executors take no work."""
+    """An event loop that no exit of a task ends, and that looks up a host's address also after the end of the main thread."""
+
+    def run_until_complete(self, future: Generator[Any, None, T] | Awaitable[T]) -> T:
+        """Run until a future is done, also where another task ends by an exception that would end the loop; see `asyncio`."""
+        awaited: asyncio.Future[T] = asyncio.ensure_future(future, loop=self)  # type: ignore[arg-type] # as asyncio itself
+        while not awaited.done():
+            try:
+                return super().run_until_complete(awaited)
+            except (SystemExit, KeyboardInterrupt) as error:
+                # A function of the program raised it, and the caller for which it ran gets it.
+                logger.debug("the event loop goes on after %s in one of its tasks", type(error).__name__)
+        return awaited.result()
 
     def run_in_executor(
         self, executor: "concurrent.futures.Executor | None", func: Callable[[*Ts], T], *args: *Ts
     ) -> "asyncio.Future[T]":
-        """Run a function in a thread; see `asyncio`."""
+        """Run a function in a thread, also when executors take no work; see `asyncio`."""
         try:
             return super().run_in_executor(executor, func, *args)
         except RuntimeError:
@@ -199,9 +217,11 @@ class _Background:
 
     def __init__(self) -> None:
         self._calls: set[_Call[Any]] = set()
+        # Calls to be cancelled, whose threads were interrupted.
+        self.left: collections.deque[_Call[Any]] = collections.deque()
         self._submitted: set[asyncio.Task[Any]] = set()
         self._leave: asyncio.Event
-        self._is_leaving = False
+        self._is_leaving = self._is_looking = False
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="aiokv event loop", daemon=True)
         self._thread.start()
@@ -215,10 +235,10 @@ class _Background:
         except RuntimeError as error:
             self._refuse(call, error if isinstance(error, RecursionError) else None)
 
-    def cancel(self, call: _Call[Any]) -> None:
-        """Cancel a call, wherever it is; it may take some time to end."""
+    def cancel_left(self) -> None:
+        """Cancel the calls that were left, wherever they are; they may take some time to end."""
         try:
-            self.loop.call_soon_threadsafe(self._cancel, call)
+            self.loop.call_soon_threadsafe(self._cancel_left)
         except RecursionError:
             raise
         except RuntimeError:
@@ -230,17 +250,29 @@ class _Background:
             # What it opened now would stay open.
             self._refuse(call)
         else:
+            self._cancel_left()
             call.start(self.loop, self._calls)
+            if not self._is_looking:
+                self._look()
+
+    def _look(self) -> None:
+        """Cancel the calls that were left by threads that could not wake the loop; look again while there are calls."""
+        self._cancel_left()
+        self._is_looking = bool(self._calls)
+        if self._is_looking:
+            self.loop.call_later(_LOOK_SECONDS, self._look)
 
     def _refuse(self, call: _Call[Any], error: BaseException | None = None) -> None:
         self._calls.discard(call)
         call.error = error or _ending()
         call.end()
 
-    def _cancel(self, call: _Call[Any]) -> None:
-        call.cancel()
-        if call.has_ended:
-            self._calls.discard(call)
+    def _cancel_left(self) -> None:
+        while self.left:
+            call = self.left.popleft()
+            call.cancel()
+            if call.has_ended:
+                self._calls.discard(call)
 
     async def follow(self, make: Make[T]) -> T:
         """Run a coroutine that the end of the interpreter waits for."""

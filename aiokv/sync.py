@@ -19,6 +19,7 @@ from aiokv.changes import Changes
 from aiokv.claiming import DEFAULT_CLAIM_SECONDS, Claim
 from aiokv.configured import DEFAULT_CONCURRENCY
 from aiokv.errors import AioKVError
+from aiokv.limits import check_entries, check_mapping
 from aiokv.store import AsyncKVStore
 from aiokv.target import Target
 from aiokv.telemetry import Observer
@@ -156,15 +157,18 @@ class KVStore:
 
     def get_many(self, keys: Iterable[str]) -> dict[str, str | None]:
         """Read several values at once; see `AsyncKVStore.get_many`."""
-        return _run(lambda: self._store.get_many(keys))
+        names = self._names(keys)
+        return _run(lambda: self._store.get_many(names))
 
     def set_many(self, values: Mapping[str, str], ttl: int | timedelta | None = None) -> None:
         """Store several values at once; see `AsyncKVStore.set_many`."""
-        return _run(lambda: self._store.set_many(values, ttl))
+        given = _call(lambda: check_mapping(values))
+        return _run(lambda: self._store.set_many(given, ttl))
 
     def delete_many(self, keys: Iterable[str]) -> None:
         """Delete several entries at once; see `AsyncKVStore.delete_many`."""
-        return _run(lambda: self._store.delete_many(keys))
+        names = self._names(keys)
+        return _run(lambda: self._store.delete_many(names))
 
     def keys(self, prefix: str = "") -> Generator[KeyInfo]:
         """List the keys of this namespace, `for info in store.keys():`; see `AsyncKVStore.keys`."""
@@ -191,6 +195,10 @@ class KVStore:
         The background loop renews the claim while the block runs.
         """
         return BlockingClaim(_call(lambda: self._store.claim(key, seconds)))
+
+    def _names(self, keys: Iterable[str]) -> list[str]:
+        """Read keys in the caller's thread: a generator may block, or call a store itself."""
+        return _call(lambda: check_entries(self._store.db_name, keys))
 
 
 class _OfOneProcess:

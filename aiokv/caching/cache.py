@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from aiokv import clock
 from aiokv.caching.access import access_of
+from aiokv.caching.callers import surrounding_computation
 from aiokv.caching.codecs import Codec
 from aiokv.caching.computing import Computations, Compute, Plan
 from aiokv.caching.error_copies import copy_error
@@ -245,8 +246,7 @@ class Cache:
     ) -> Flight:
         """Begin a flight that others can join."""
         flight = flights.by_key[call[0]] = Flight(flights, store, call, generation, index, is_decisive)
-        if around := active_computations.get():
-            flight.reader = around[-1]
+        flight.reader = surrounding_computation()
         return flight
 
     def _begin_all(  # noqa: PLR0913, PLR0917 (likewise)

@@ -47,11 +47,11 @@ class _Job:
         """Run the function, in its thread."""
         if self.done.done():
             return
-        self.has_begun = True
         result: Any = None
         failed: BaseException | None = None
         token = active_computations.set(self._active)
         try:
+            self.has_begun = True
             self._work.send(None)
         except StopIteration as ended:
             result = ended.value
@@ -93,16 +93,17 @@ class _Job:
 class Caller(background.Helper):
     """One blocking call: its thread runs the function for the engine, and waits for it otherwise."""
 
-    __slots__ = ("_begun", "_has_ended", "_jobs", "_loop", "waits_for")
+    __slots__ = ("_handed_over", "_has_ended", "_jobs", "own", "waits_for")
 
     def __init__(self) -> None:
+        # Stands for the call where the thread makes another one while it waits, as handlers of signals do.
+        self.own = Computation(())
         # One computation of the call runs after the other, so that what one of them waits for, all of them wait for.
-        self.waits_for: set[Flight] = set()
+        self.waits_for: set[Flight] = self.own.waits_for
         self._jobs: collections.deque[_Job] = collections.deque()
-        # Jobs whose end the loop does not know yet.
-        self._begun: dict[_Job, None] = {}
+        # Jobs whose end the loop does not know yet, begun or not.
+        self._handed_over: dict[_Job, None] = {}
         self._has_ended = False
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine of the engine in the background loop, and here the functions that it calls.
@@ -120,17 +121,17 @@ class Caller(background.Helper):
         if blocked in blocked_loops:
             # By an outer call of this thread.
             blocked = None
-        if blocked is not None:
-            blocked_loops.add(blocked)
+        active, token = active_computations.get(), None
         try:
-            return background.run(lambda: self._serve(make), self)
+            if blocked is not None:
+                blocked_loops.add(blocked)
+            token = active_computations.set((*active, self.own))
+            return background.run(lambda: self._serve(make, active), self)
         finally:
+            if token is not None:
+                active_computations.reset(token)
             if blocked is not None:
                 blocked_loops.discard(blocked)
-            if self._begun and self._loop is not None:
-                # The thread has left a function, and could not say so.
-                with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(self._leave)
 
     def work(self) -> None:
         """Run what the engine has handed over, in the caller's thread."""
@@ -146,29 +147,26 @@ class Caller(background.Helper):
         if self._has_ended:
             job.end(None, CallerLeftError())
         else:
-            self._begun[job] = None
+            self._handed_over[job] = None
             self._jobs.append(job)
             self.wake()
         try:
             return await job.wait()
         finally:
-            self._begun.pop(job, None)
+            self._handed_over.pop(job, None)
 
-    async def _serve(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def _serve(self, make: Callable[[], Coroutine[Any, Any, T]], active: tuple[Computation, ...]) -> T:
         current_caller.set(self)
-        self._loop = get_running_loop()
+        active_computations.set(active)
+        self.own.task = asyncio.current_task()
         try:
             return await make()
         finally:
             self._has_ended = True
-            # The thread runs nothing more that it has not begun.
-            with contextlib.suppress(IndexError):
-                while True:
-                    self._jobs.popleft().end(None, CallerLeftError())
-
-    def _leave(self) -> None:
-        for job in list(self._begun):
-            job.end(None, CallerLeftError())
+            # The thread runs nothing more that it has not begun. Where an exception has cut off a job, it may not have said so.
+            self._jobs.clear()
+            for job in list(self._handed_over):
+                job.end(None, CallerLeftError())
 
 
 class _Pool:
@@ -209,6 +207,14 @@ class _Pool:
 # The call that the running code of the engine works for; None behind callers.
 current_caller: "ContextVar[Caller | None]" = ContextVar("aiokv_caller", default=None)
 _pool = _Pool()
+
+
+def surrounding_computation() -> Computation | None:
+    """Return what the running code of the engine works for: the computation that asks, or else the blocking call."""
+    if around := active_computations.get():
+        return around[-1]
+    caller = current_caller.get()
+    return None if caller is None else caller.own
 
 
 async def run_in_thread(work: Coroutine[Any, Any, T], computation: Computation) -> T:

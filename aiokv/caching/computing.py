@@ -228,7 +228,7 @@ class Computations:
             computation.task = asyncio.current_task()
         around = active_computations.get()
         if around:
-            around = tuple(one for one in around if one.task is not None and not one.task.done())
+            around = tuple(one for one in around if one.task is None or not one.task.done())
         active_computations.set((*around, computation))
         batch = computation.flights
         try:

@@ -97,7 +97,7 @@ class Flight:
     is_decisive = False
     outcome: Outcome | None = None
     computation: "Computation | None" = None
-    # The computation whose code reads the store for this flight.
+    # The computation, or the blocking call, whose code reads the store for this flight.
     reader: "Computation | None" = None
     # How many callers want the outcome.
     interest = 1
@@ -295,9 +295,10 @@ class Flights:
         def ended(task: "asyncio.Task[T]") -> None:
             self.tasks.pop(task, None)
             for flight in batch:
-                if flight.outcome is None:
-                    # Of a task that was cancelled before it began.
-                    flight.end(NO_OUTCOME)
+                # Where the task was cancelled before it began; any other has ended them.
+                flight.end(NO_OUTCOME)
+            if batch and not task.cancelled():
+                task.exception()  # The callers have it: it is not to be logged.
 
         task.add_done_callback(ended)
         return task

@@ -23,6 +23,8 @@ V = TypeVar("V")
 T = TypeVar("T")
 P = ParamSpec("P")
 
+# The calls for each store.
+Parts = Mapping[AsyncKVStore, Sequence[Call]]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,12 +61,15 @@ class _OfManyResults(CachedCallable, Generic[K, P, V]):
         before, one, after = self._split((id_, *args))
         return self._call((*before, one, *after), kwargs, len(before)).key
 
-    async def _peek(self, calls: Mapping[K, Call]) -> dict[K, Peeked[V]]:
-        peeked = await _together(peek(self._cache, store, part) for store, part in self._by_store(calls).items())
+    async def _peek(self, calls: Mapping[K, Call], parts: Parts) -> dict[K, Peeked[V]]:
+        peeked = await _together(peek(self._cache, store, part) for store, part in parts.items())
         by_key = {key: one for part in peeked for key, one in part.items()}
         return {id_: by_key[call.key] for id_, call in calls.items() if call.key in by_key}
 
-    async def _prime(self, values: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _primings(
+        self, values: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[AsyncKVStore, Sequence[Call], list[Any]]]:
+        """Return for each store what is to be stored there: the calls and their results."""
         self._check_binding()
         given: object = args[0] if self._lacks_instance() and args else values
         if not isinstance(given, Mapping):
@@ -72,14 +77,14 @@ class _OfManyResults(CachedCallable, Generic[K, P, V]):
         calls = self._calls((values, *args), kwargs)
         values = dict(given)
         by_call = {id(call): values[id_] for id_, call in calls.items()}
-        await _together(
-            prime(self._cache, store, part, [by_call[id(call)] for call in part])
-            for store, part in self._by_store(calls).items()
-        )
+        return [(store, part, [by_call[id(call)] for call in part]) for store, part in self._by_store(calls).items()]
 
-    async def _invalidate(self, calls: Mapping[K, Call]) -> None:
-        parts = await _together(invalidate(self._cache, store, part) for store, part in self._by_store(calls).items())
-        failed = {key: error for part in parts for key, error in part.items()}
+    async def _prime(self, primings: Iterable[tuple[AsyncKVStore, Sequence[Call], list[Any]]]) -> None:
+        await _together(prime(self._cache, *priming) for priming in primings)
+
+    async def _invalidate(self, calls: Mapping[K, Call], parts: Parts) -> None:
+        failures = await _together(invalidate(self._cache, store, part) for store, part in parts.items())
+        failed = {key: error for part in failures for key, error in part.items()}
         errors: dict[Any, Exception] = {}
         for id_, call in calls.items():
             error = failed.get(call.key)
@@ -121,8 +126,8 @@ class _OfManyResults(CachedCallable, Generic[K, P, V]):
         position = 1 if self._bound or self._lacks_instance() else 0
         return names[position] if position < len(names) else "ids"
 
-    def _by_store(self, calls: Mapping[K, Call]) -> dict[AsyncKVStore, list[Call]]:
-        """Return the calls by store, those of one target under one store."""
+    def _by_store(self, calls: Mapping[K, Call]) -> Parts:
+        """Return the calls by store, those of one target under one store. The function in `store` runs in this thread."""
         by_target: dict[Target, AsyncKVStore] = {}
         by_store: dict[AsyncKVStore, list[Call]] = {}
         for call in calls.values():
@@ -147,12 +152,11 @@ class _OfManyResults(CachedCallable, Generic[K, P, V]):
         }
         return results, calls, mode
 
-    async def _fetch(self, calls: Mapping[K, Call], mode: Mode) -> dict[K, Any]:
+    async def _fetch(self, calls: Mapping[K, Call], parts: Parts, mode: Mode) -> dict[K, Any]:
         """Return the results of calls, from the store or computed."""
-        parts = [(store, part) for store, part in self._by_store(calls).items() if part]
         # The one thread of a plain call computes for one store after the other.
         together = _one_by_one if self._cache.computations.is_plain else _together
-        read = await together(self._read_through(store, part, mode) for store, part in parts)
+        read = await together(self._read_through(store, part, mode) for store, part in parts.items())
         by_key = {key: result for part in read for key, result in part.items()}
         return {id_: by_key[call.key] for id_, call in calls.items()}
 
@@ -204,7 +208,8 @@ class CachedManyFunction(AwaitedCallable, _OfManyResults[K, P, V], Generic[K, P,
             Each id that has a stored result with it, in the order of the ids.
         """
         self._check_binding()
-        return await self._peek(self._calls((ids, *args), kwargs))
+        calls = self._calls((ids, *args), kwargs)
+        return await self._peek(calls, self._by_store(calls))
 
     @_ids_by_name
     async def refresh(self, ids: Iterable[K], *args: P.args, **kwargs: P.kwargs) -> dict[K, V]:
@@ -229,7 +234,7 @@ class CachedManyFunction(AwaitedCallable, _OfManyResults[K, P, V], Generic[K, P,
             ValueError: A value cannot be stored.
             CallError: A value is not known to be stored.
         """
-        await self._prime(values, args, kwargs)
+        await self._prime(self._primings(values, args, kwargs))
 
     @_ids_by_name
     async def invalidate(self, ids: Iterable[K], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -240,7 +245,8 @@ class CachedManyFunction(AwaitedCallable, _OfManyResults[K, P, V], Generic[K, P,
                 processes may serve the latter, this one serves nothing older.
         """
         self._check_binding()
-        await self._invalidate(self._calls((ids, *args), kwargs))
+        calls = self._calls((ids, *args), kwargs)
+        await self._invalidate(calls, self._by_store(calls))
 
     async def _get(self, mode: Mode | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[K, V]:
         results, calls, mode = self._begin(mode, args, kwargs)
@@ -248,7 +254,7 @@ class CachedManyFunction(AwaitedCallable, _OfManyResults[K, P, V], Generic[K, P,
             computed = await self._cache.computations.compute_all(list(calls.values())) if calls else []
             results.update(zip(calls, computed, strict=True))
         elif calls:
-            results.update(await self._fetch(calls, mode))
+            results.update(await self._fetch(calls, self._by_store(calls), mode))
         return {id_: result for id_, result in results.items() if result is not ABSENT}
 
 
@@ -287,7 +293,8 @@ class PlainCachedManyFunction(BlockingCallable, _OfManyResults[K, P, V], Generic
         """Look at what is stored of several ids, without computing; see `CachedManyFunction.peek`."""
         self._check_binding()
         calls = self._calls((ids, *args), kwargs)
-        return self._wait(lambda: self._peek(calls))
+        parts = self._by_store(calls)
+        return self._wait(lambda: self._peek(calls, parts))
 
     @_ids_by_name
     def refresh(self, ids: Iterable[K], *args: P.args, **kwargs: P.kwargs) -> dict[K, V]:
@@ -297,24 +304,27 @@ class PlainCachedManyFunction(BlockingCallable, _OfManyResults[K, P, V], Generic
 
     def prime(self, values: Mapping[K, V], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Store results that were computed elsewhere; see `CachedManyFunction.prime`."""
-        self._wait(lambda: self._prime(values, args, kwargs))
+        primings = self._primings(values, args, kwargs)
+        self._wait(lambda: self._prime(primings))
 
     @_ids_by_name
     def invalidate(self, ids: Iterable[K], *args: P.args, **kwargs: P.kwargs) -> None:
         """Delete the results of several ids; see `CachedManyFunction.invalidate`."""
         self._check_binding()
         calls = self._calls((ids, *args), kwargs)
-        self._wait(lambda: self._invalidate(calls))
+        parts = self._by_store(calls)
+        self._wait(lambda: self._invalidate(calls, parts))
 
     def _get(self, mode: Mode | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[K, V]:
         results, calls, mode = self._begin(mode, args, kwargs)
         if mode == "bypass":
             computations = self._cache.computations
-            parts = computations.batches(list(calls.values()))
-            computed = [value for part in parts for value in run_here(computations.compute(part))]
+            batches = computations.batches(list(calls.values()))
+            computed = [value for batch in batches for value in run_here(computations.compute(batch))]
             results.update(zip(calls, computed, strict=True))
         elif calls:
-            results.update(self._wait(lambda: self._fetch(calls, mode)))
+            parts = self._by_store(calls)
+            results.update(self._wait(lambda: self._fetch(calls, parts, mode)))
         return {id_: result for id_, result in results.items() if result is not ABSENT}
 
 

@@ -98,7 +98,14 @@ def test_copy_is_the_same_error(make: Callable[[], BaseException]) -> None:
     made.clear()
     copied = copy_error(error)
     assert copied is not error
-    assert (type(copied), copied.args, str(copied), repr(copied)) == (type(error), error.args, str(error), repr(error))
+    assert (type(copied), repr(copied.args), str(copied), repr(copied)) == (
+        type(error),
+        repr(error.args),
+        str(error),
+        repr(error),
+    )
+    if not isinstance(error, ExceptionGroup):
+        assert copied.args == error.args
     assert vars(copied) == vars(error)
     assert copied.__traceback__ is error.__traceback__
     assert (copied.__cause__, copied.__context__) == (error.__cause__, error.__context__)
@@ -106,6 +113,24 @@ def test_copy_is_the_same_error(make: Callable[[], BaseException]) -> None:
     copied.add_note("another")
     assert error.__notes__ == ["a note"]
     assert not made
+
+
+class Failures(ExceptionGroup[Exception]):
+    """Its arguments are not those of its constructor."""
+
+    def __new__(cls, _count: int, errors: tuple[Exception, ...]) -> Any:
+        return super().__new__(cls, "several", errors)
+
+
+def test_copy_of_a_group_has_copies_of_its_members() -> None:
+    inner, first = ExceptionGroup("inner", (OSError(2, "x"),)), ValueError(1)
+    for error in (ExceptionGroup("outer", [first, inner]), Failures(2, (first, inner))):
+        copied: Any = copy_error(error)
+        assert (type(copied), repr(copied), copied.message) == (type(error), repr(error), error.message)
+        assert (repr(copied.exceptions), copied.derive([first]).message) == (repr(error.exceptions), error.message)
+        copied.exceptions[0].add_note("a note")
+        copied.exceptions[1].exceptions[0].add_note("another")
+        assert not any(hasattr(one, "__notes__") for one in (first, *inner.exceptions))
 
 
 def test_copy_has_the_slots_that_are_set() -> None:

@@ -3,7 +3,9 @@
 import asyncio
 import contextvars
 import dataclasses
+import gc
 import inspect
+import logging
 import pickle
 import threading
 from collections.abc import Callable, Generator
@@ -345,6 +347,36 @@ def test_expired_result_is_computed_anew(make: Callable[..., Any], runs: Runs, m
     assert ask(cached()) == 1
     moved_time.advance(2)
     assert ask(cached()) == 2
+
+
+@pytest.mark.parametrize("option", ["ttl", "when"])
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_exit_that_a_function_of_the_result_raises_ends_its_call_alone(
+    kind: type[BaseException], option: str, store: AsyncKVStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(_: object) -> Any:
+        raise kind
+
+    @kv_cached(**{"ttl": 60, option: leave}, store=store, key=lambda: "one")
+    def read() -> int:
+        return 1
+
+    thread = _thread_of_the_loop()
+    for _ in range(2):
+        with pytest.raises(kind):
+            read()
+    assert KVStore("another", url="memory://another").get("k") is None
+    assert _thread_of_the_loop() is thread
+    del read
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
+
+
+def _thread_of_the_loop() -> threading.Thread:
+    async def current() -> threading.Thread:
+        return threading.current_thread()
+
+    return background.run(current)
 
 
 def test_result_that_is_not_wanted_is_not_stored(make: Callable[..., Any], runs: Runs) -> None:

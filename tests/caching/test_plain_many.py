@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -103,6 +104,35 @@ def test_ids_of_several_stores_are_read_from_those() -> None:
     assert [numbers([1, 2, 3, 4]), numbers([4, 1])] == [{1: -1, 2: -2, 3: -3, 4: -4}, {4: -4, 1: -1}]
     assert asyncio.run(stores[1].get(numbers.key(1))) is not None
     assert asyncio.run(stores[0].get(numbers.key(1))) is None
+
+
+def test_store_and_values_to_prime_are_asked_for_in_the_callers_thread() -> None:
+    threads: set[threading.Thread] = set()
+    _, chosen = watched_store()
+
+    def choose(_: int) -> AsyncKVStore:
+        threads.add(threading.current_thread())
+        return chosen
+
+    class Values(Mapping[int, int]):
+        def __iter__(self) -> Iterator[int]:
+            threads.add(threading.current_thread())
+            return iter([1])
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, key: int) -> int:
+            return numbers([key + 1])[key + 1]
+
+    @kv_cached_many(60, store=choose, key=lambda id_: id_)
+    def numbers(ids: list[int]) -> dict[int, int]:
+        return {id_: -id_ for id_ in ids}
+
+    numbers.prime(Values())
+    assert (numbers([1]), numbers.peek([1])[1].value, numbers.refresh([1])) == ({1: -2}, -2, {1: -1})
+    numbers.invalidate([1])
+    assert threads == {threading.current_thread()}
 
 
 def test_failing_batch_leaves_the_results_of_the_others(store: AsyncKVStore) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +15,9 @@ import pytest
 from caching_under_test import MovedTime, OtherLoop, WatchedBackend
 from plain_under_test import begin, in_background, results, wait_until
 
-from aiokv import AsyncKVStore, NearCache, kv_cached, kv_cached_many
+from aiokv import AsyncKVStore, NearCache, background, kv_cached, kv_cached_many
 from aiokv.caching import callers
-from aiokv.caching.flights import blocked_loops
+from aiokv.caching.flights import active_computations, blocked_loops
 
 THREADS = 32
 
@@ -218,6 +219,33 @@ def test_exception_that_ends_a_program_is_not_shared(store: AsyncKVStore) -> Non
     assert (second.result(15), len(order)) == (7, 2)
 
 
+def test_leader_that_cannot_say_that_it_has_left_hands_the_key_on(
+    cached: Callable[..., Any], source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = cached()
+    source.gate.clear()
+    leader = begin(read)
+    wait_until(lambda: source.runs == 1)
+    other = begin(read)
+    joined(read, 1)
+
+    end = callers._Job.end
+
+    def interrupted(*given: Any) -> Any:
+        if threading.get_ident() == source.threads[0]:
+            raise Leave
+        return end.__get__(given[0])
+
+    # As if an exception came where the thread says that its function has ended, and another one after that.
+    monkeypatch.setattr(callers._Job, "end", property(interrupted))
+    monkeypatch.setattr(background._Background, "cancel_left", interrupted)
+    interrupt(source.threads[0])
+    assert isinstance(leader.exception(15), Leave)
+    monkeypatch.undo()
+    source.gate.set()
+    assert (other.result(15), source.runs) == (1, 2)
+
+
 def test_leader_that_leaves_while_the_store_is_asked(cached: Callable[..., Any], backend: WatchedBackend) -> None:
     read = cached(read_timeout=30.0)
     gate = backend.hold("get")
@@ -237,6 +265,44 @@ def test_leader_that_leaves_while_the_store_is_asked(cached: Callable[..., Any],
     assert follower.result(15) == 1
     with contextlib.suppress(Leave):
         assert leader.result(15) == 1
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("way", ["itself", "by another function", "by a batch"])
+def test_handler_of_a_signal_may_ask_for_what_its_thread_waits_for(
+    cached: Callable[..., Any], backend: WatchedBackend, store: AsyncKVStore, way: str
+) -> None:
+    read = cached(read_timeout=30.0)
+
+    @kv_cached(60, store=store, key=lambda: "another")
+    def another() -> int:
+        return int(read())
+
+    @kv_cached_many(60, store=store, key=lambda ids: ids)
+    def batch(ids: list[str]) -> dict[str, int]:
+        return {id_: read() for id_ in ids}
+
+    ways = {"itself": read, "by another function": another, "by a batch": lambda: batch(["a"])["a"]}
+    gate = backend.hold("get")
+    answers: list[int] = []
+
+    def handle(*_: object) -> None:
+        # What the handler itself reads is not held up.
+        in_background(backend.gates.clear)
+        answers.append(ways[way]())
+        in_background(gate.set)
+
+    def ask() -> None:
+        wait_until(lambda: backend.asked("get") == 1)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        asking = begin(ask)
+        assert read() == 1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (asking.result(10), answers, active_computations.get()) == (None, [1], ())
 
 
 @pytest.mark.usefixtures("hurried_threads")

@@ -96,6 +96,28 @@ def test_exit_that_a_coroutine_raises_reaches_its_caller_and_leaves_the_loop_alo
     assert background.run(answer) == 42
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_exit_that_a_task_of_a_coroutine_raises_reaches_its_caller_and_leaves_the_loop_running(
+    kind: type[BaseException],
+) -> None:
+    async def leave() -> None:
+        raise kind
+
+    async def wait() -> None:
+        await asyncio.create_task(leave())
+
+    sleeper = Sleeper()
+    other = background.submit(sleeper.sleep)
+    assert sleeper.has_begun.wait(10)
+    with pytest.raises(kind):
+        background.run(wait)
+    assert background.run(answer) == 42
+    assert not sleeper.is_cancelled.is_set()
+    sleeper.may_end.set()
+    other.cancel()
+    assert sleeper.has_ended.wait(10)
+
+
 def test_coroutine_that_cancels_itself_is_an_ordinary_error_for_its_caller() -> None:
     async def give_up() -> None:
         raise asyncio.CancelledError
@@ -181,6 +203,23 @@ def test_second_interrupt_is_raised_though_the_coroutine_goes_on() -> None:
     with in_thread(act), pytest.raises(KeyboardInterrupt):
         background.run(sleeper.sleep)
     assert not sleeper.has_ended.is_set()
+    sleeper.may_end.set()
+    assert sleeper.has_ended.wait(10)
+
+
+def test_call_is_cancelled_though_a_second_interrupt_comes_before_the_loop_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = Sleeper()
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    def act() -> None:
+        assert sleeper.has_begun.wait(10)
+        interrupt()
+
+    monkeypatch.setattr(background._Background, "cancel_left", interrupted)
+    with in_thread(act), pytest.raises(KeyboardInterrupt):
+        background.run(sleeper.sleep)
     sleeper.may_end.set()
     assert sleeper.has_ended.wait(10)
 

@@ -1,13 +1,15 @@
 """`KVStore` does for blocking code what `AsyncKVStore` does for code that awaits."""
 
+import asyncio
 import inspect
 import pickle
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,37 @@ def test_many_are_set_read_and_deleted(store: KVStore) -> None:
     assert store.get_many(["b", "c", "a"]) == {"b": "2", "c": None, "a": "1"}
     store.delete_many(["a", "c"])
     assert store.get_many(["a", "b"]) == {"a": None, "b": "2"}
+
+
+def test_keys_and_values_are_read_in_the_callers_thread_and_may_be_made_by_the_store(store: KVStore) -> None:
+    threads: list[threading.Thread] = []
+
+    class Made(Mapping[str, str]):
+        def __iter__(self) -> Iterator[str]:
+            threads.append(threading.current_thread())
+            return iter(["a", "b"])
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, key: str) -> str:
+            return f"{key}{store.get(key)}"
+
+    store.set_many(Made())
+    assert store.get_many(map(attrgetter("key"), store.keys())) == {"a": "aNone", "b": "bNone"}
+    store.delete_many(map(attrgetter("key"), store.keys()))
+    assert (store.count(), threads) == (0, [threading.current_thread()])
+
+
+@pytest.mark.parametrize("call", ["get_many", "delete_many", "set_many"])
+@pytest.mark.parametrize("given", ["abc", b"abc", 5, None, [1]])
+def test_what_is_no_iterable_of_keys_is_the_error_of_the_async_store(call: str, given: object) -> None:
+    store = KVStore("db", url=f"memory://{uuid.uuid4().hex}")
+    with pytest.raises(TypeError) as caught:
+        getattr(store, call)(given)
+    with pytest.raises(TypeError) as of_async:
+        asyncio.run(getattr(store.async_store, call)(given))
+    assert str(caught.value) == str(of_async.value)
 
 
 def test_keys_are_listed_counted_and_cleared(store: KVStore) -> None:
