@@ -1,4 +1,4 @@
-"""`python -m aiokv`, and the program `aiokv`."""
+"""`python -m aiokv`; the program `aiokv` begins in `aiokv_command`."""
 
 import sys
 

@@ -103,7 +103,9 @@ class CallError(AioKVError):
         self.transient = self.transient_by_default if transient is None else transient
 
     def __str__(self) -> str:
-        call = f"{self.verb} {truncated(self.key)} in db {truncated(self.db_name)}" if self.verb else ""
+        # A file that cannot be opened knows no namespace.
+        place = f" in db {truncated(self.db_name)}" if self.db_name else ""
+        call = f"{self.verb} {truncated(self.key)}{place}" if self.verb else ""
         where = f"at {self.host}" if self.host else ""
         subject = " ".join(part for part in (call, where) if part)
         facts: list[str] = []

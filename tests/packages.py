@@ -52,6 +52,8 @@ USES = {
 TESTS = {"fastapi": ("tests/adapters/test_fastapi.py", ["uvicorn", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout"])}
 # These are for the project's own work; `make test`, `make docs` and `make bench` install them.
 OWN = {"bench", "dev", "docs", "suites", "test"}
+# Modules beside the package.
+BESIDE = {"aiokv_command.py", "pytest_aiokv.py"}
 
 
 def build(folder: Path) -> tuple[Path, Path]:
@@ -66,12 +68,12 @@ def build(folder: Path) -> tuple[Path, Path]:
 
 def check_contents(wheel: Path, sdist: Path) -> None:
     """Hold what the two contain against the sources."""
-    sources = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "aiokv").rglob("*.py")} | {"pytest_aiokv.py"}
+    sources = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "aiokv").rglob("*.py")} | BESIDE
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert sources <= names, sources - names
     assert "aiokv/py.typed" in names
-    ours = ("aiokv/", "pytest_aiokv.py", f"aiokv-{PROJECT['version']}.dist-info/")
+    ours = ("aiokv/", *BESIDE, f"aiokv-{PROJECT['version']}.dist-info/")
     strangers = {name for name in names if not name.startswith(ours)}
     assert not strangers, strangers
     with tarfile.open(sdist) as archive:

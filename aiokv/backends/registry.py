@@ -257,7 +257,7 @@ _memory_backends: dict[str, MemoryBackend] = {}
 
 def _check_memory(url: str, parts: "SplitResult") -> None:
     if parts.path not in {"", "/"}:
-        raise ConfigurationError(f"url {truncated(url)} must be memory:// or memory://name")
+        raise ConfigurationError(f"url {truncated(redacted_url(url))} must be memory:// or memory://name")
 
 
 def _open_memory(url: str, _options: ClientOptions) -> Backend:
@@ -272,7 +272,7 @@ def _check_sqlite(url: str, _parts: "SplitResult") -> None:
     path = _sqlite_path(url)
     if url[: len("sqlite:///")].lower() != "sqlite:///" or path in {"", "/"}:
         raise ConfigurationError(
-            f"url {truncated(url)} names no file; write sqlite:///kv.db, or sqlite:////path/kv.db from the root"
+            f"url {truncated(redacted_url(url))} names no file; write sqlite:///kv.db, or sqlite:////path/kv.db from the root"
         )
     if path == ":memory:":
         raise ConfigurationError("sqlite:///:memory: is not supported; use memory://")
@@ -294,7 +294,7 @@ def _check_http(url: str, parts: "SplitResult") -> None:
     except ValueError:
         raise ConfigurationError(f"url is malformed; {_known_forms()}") from None
     if not host:
-        raise ConfigurationError(f"url {truncated(url)} names no host")
+        raise ConfigurationError(f"url {truncated(redacted_url(url))} names no host")
 
 
 def _http_address(url: str) -> "URL":

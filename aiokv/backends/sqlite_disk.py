@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from aiokv.backends.base import HostingOptions
+from aiokv.backends.sqlite_paths import BALLAST
 
 logger = logging.getLogger("aiokv")
 
@@ -32,7 +33,7 @@ class Disk:
 
     def __init__(self, path: Path, hosting: HostingOptions) -> None:
         self._path = path
-        self._ballast = path.with_name(f"{path.name}-ballast")
+        self._ballast = path.with_name(f"{path.name}{BALLAST}")
         self._ballast_bytes = hosting.ballast_bytes
         self._min_free_bytes = hosting.min_free_bytes
 

@@ -12,6 +12,7 @@ from typing import Self
 from aiokv.backends import sqlite_file, sqlite_schema
 from aiokv.backends.base import account_of
 from aiokv.backends.sqlite_disk import PRIVATE_MODE
+from aiokv.backends.sqlite_paths import is_file_of_store
 from aiokv.errors import ConfigurationError, StorageError, truncated
 from aiokv.record import Record
 
@@ -258,10 +259,10 @@ def _verify(path: Path, copy: Path, progress: Progress | None) -> None:
 def _check_target(path: Path, target: Path, *, overwrite: bool) -> None:
     if not target.parent.is_dir():
         raise ConfigurationError(f"{target} cannot be written: the folder {target.parent} does not exist; make it first")
+    if is_file_of_store(target, path):
+        raise ConfigurationError(f"{target} is the very file that is to be copied, or belongs to it; name another file")
     if not target.exists():
         return
-    if path.exists() and target.samefile(path):
-        raise ConfigurationError(f"{target} is the very file that is to be copied; name another file")
     if not overwrite or not target.is_file():
         raise ConfigurationError(f"{target} exists; name another file, or ask to overwrite it (--overwrite)")
     if Path(f"{target}-wal").exists():

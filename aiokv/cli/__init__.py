@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from aiokv.cli.terminal import Parser, naming, print_message
+from aiokv.cli.terminal import Parser, is_full, naming, print_message
 from aiokv.errors import AioKVError, BatchError, CallError, UnsupportedError
 
 WRONG_USAGE = 2
@@ -168,6 +168,9 @@ def _check_url(url: str | None) -> None:
 
 
 def _status_of(error: Exception) -> int:
+    if is_full(error.__cause__):
+        # Whatever error tells of it.
+        return FAILED
     # What the same command would meet again, however well the store is, is wrong usage.
     is_usage = isinstance(error, ValueError | UnsupportedError) or not isinstance(error, CallError | BatchError)
     return WRONG_USAGE if is_usage else FAILED

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiokv.cli.terminal import print_message
+from aiokv.cli.terminal import binary_output, naming, print_message
 
 if TYPE_CHECKING:
     from aiokv.server.access_text import Limits
@@ -104,9 +104,11 @@ def add_access(access: argparse.ArgumentParser) -> None:
 
 
 def _add(options: argparse.Namespace) -> int:
-    from aiokv.server.access_file import add_key  # noqa: PLC0415 (`--help` needs no server)
+    from aiokv.server.access_file import add_key, revoke_keys  # noqa: PLC0415 (`--help` needs no server)
     from aiokv.server.access_text import hash_of, short_id_of  # noqa: PLC0415 (likewise)
 
+    # It refuses one that is closed.
+    binary_output()
     patterns = None if options.db is None else tuple(options.db)
     key = add_key(
         _file_of(options),
@@ -115,11 +117,17 @@ def _add(options: argparse.Namespace) -> int:
         operator=options.operator,
         db_patterns=patterns,
     )
-    # Written out now, so that a key that nobody can see is a failure.
-    print(key, flush=True)
+    key_hash = hash_of(key.partition(":")[2])
+    try:
+        with naming("standard output"):
+            print(key, flush=True)
+    except OSError:
+        revoke_keys(_file_of(options), options.account, key_hash)
+        print_message("the key could not be shown, so it was revoked at once")
+        raise
     print_message(
         f"this key of {options.account} is shown once and stored nowhere; clients pass it as AIOKV_KEY. Its short id is "
-        f"{short_id_of(hash_of(key.partition(':')[2]))}. A running server takes it within a second; other keys of the account "
+        f"{short_id_of(key_hash)}. A running server takes it within a second; other keys of the account "
         "and their tokens go on working"
     )
     return 0

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import secrets
 import sys
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import BinaryIO
 
 from aiokv.backends.capabilities import MAX_BATCH_KEYS, KeyInfo
 from aiokv.cli.entries import add_url, seconds_left
-from aiokv.cli.paths import check_no_store
+from aiokv.cli.paths import InUseError, check_no_store, open_locked
 from aiokv.cli.progress import Progress
 from aiokv.cli.rows import count_rows, format_row
 from aiokv.cli.terminal import binary_output, naming, print_message
@@ -21,6 +20,8 @@ from aiokv.store import AsyncKVStore
 
 _READ_BYTES = 4 * 1024 * 1024
 _STDOUT = "-"
+# Values are their owner's alone.
+_PRIVATE_MODE = 0o600
 
 _EPILOG = """\
 examples: aiokv export --db settings -o settings.jsonl
@@ -62,6 +63,8 @@ def _export(options: argparse.Namespace) -> int:
         output.flush()
         return rows
 
+    if options.output.lower().endswith(".csv"):
+        raise ValueError(f"{options.output}: an export is JSON lines, not CSV; name a file that ends in .jsonl by export -o")
     check_no_store(AsyncKVStore(options.db_name, url=options.url).url, options.output, "export -o")
     with _open_output(options.output) as output, Progress("export", is_quiet=options.quiet) as progress:
         rows = asyncio.run(run(output, progress))
@@ -86,23 +89,39 @@ async def _chunks(store: AsyncKVStore, prefix: str) -> AsyncGenerator[list[KeyIn
 @contextlib.contextmanager
 def _open_output(name: str) -> Generator[BinaryIO]:
     """Open what is written to; a file takes its name once it is whole."""
-    path = Path(os.path.realpath(name))
+    path = Path(name)
     if name == _STDOUT or (path.exists() and sys.stdout is not None and os.path.samestat(path.stat(), os.fstat(1))):
         yield binary_output()
         return
-    if path.exists() and (not path.is_file() or Path(name).absolute().is_relative_to("/dev")):
+    if path.exists() and (not path.is_file() or path.absolute().is_relative_to("/dev")):
         # A device, a pipe, or a stream that is open already, such as /dev/stderr.
-        with naming(name), path.open("ab") as file:
-            yield file
+        with naming(name), path.open("ab") as stream:
+            yield stream
         return
-    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    path = Path(os.path.realpath(name))
+    # A kill leaves it behind, and the next export to this file takes it over.
+    new = path.with_name(f"{path.name}.aiokv-new")
     try:
-        # Values are their owner's alone.
-        with naming(name), os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=2**20) as file:
+        file = open_locked(new, "ab", "export", "-o FILE", _open_private)
+    except InUseError as error:
+        raise ValueError(str(error)) from None
+    except OSError as error:
+        error.filename = name
+        raise
+    # Closing it ends the lock, so that comes last.
+    with naming(name), file:
+        try:
+            os.fchmod(file.fileno(), _PRIVATE_MODE)
+            file.truncate(0)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+            new.replace(path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+
+
+def _open_private(path: str, flags: int) -> int:
+    # In a folder of several users it may be somebody's link.
+    return os.open(path, flags | os.O_NOFOLLOW, _PRIVATE_MODE)

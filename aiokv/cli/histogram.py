@@ -9,6 +9,8 @@ _PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 _ROWS = 20
 _WIDTH, _HEIGHT, _MARGIN = 720, 360, 48
 _COLOURS = ("#2563eb", "#ea580c")
+SVG_START = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" font-size="12">'
+"""The first line of every picture, by which one is known."""
 
 
 class Histogram:
@@ -105,7 +107,7 @@ def draw_svg(title: str, histograms: Mapping[str, Histogram]) -> str:
     slot = (_WIDTH - 2 * _MARGIN) / (last - first + 1)
     bottom = _HEIGHT - _MARGIN
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" font-size="12">',
+        SVG_START,
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
         f'<text x="{_MARGIN}" y="20" font-size="14">{escape(title)}</text>',
         f'<path d="M{_MARGIN} {bottom}H{_WIDTH - _MARGIN}" stroke="black"/>',

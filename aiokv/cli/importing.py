@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -92,6 +92,8 @@ def _import(options: argparse.Namespace) -> int:
         can_seek = is_regular(file) and options.file != _STDIN
         resume_path = options.resume or (f"{name}.aiokv-resume" if can_seek else None)
         resume = Path(resume_path) if resume_path else None
+        if resume is not None and not resume.name:
+            raise ValueError(f"{resume} is a folder; name a file by --resume PATH, such as rows.aiokv-resume")
         failed = Path(options.failed or f"{name}.failed.jsonl")
         url = canonical_url(store.url)
         for path, option in ((resume, "--resume PATH"), (failed, "--failed PATH")):
@@ -255,7 +257,14 @@ class _Importer:
 
     async def _store_rows(self, batch: Batch) -> list[BadRow]:
         """Store the rows of a batch; return those that the store refused, each for a fault of its own."""
-        rows = batch.rows
+        refused: list[BadRow] = []
+        sent = 0
+        for rows in _steps_of(batch.rows):
+            refused += await self._store_together(rows, has_stored=self.checkpoint.stored > 0 or sent > len(refused))
+            sent += len(rows)
+        return refused
+
+    async def _store_together(self, rows: list[Row], *, has_stored: bool) -> list[BadRow]:
         refused: list[BadRow] = []
         while rows:
             try:
@@ -269,7 +278,7 @@ class _Importer:
                     raise other from None
                 elif len(faults) == len(rows) > 1:
                     # The whole batch was refused; is it one row's fault?
-                    return refused + await self._store_singly(rows)
+                    return refused + await self._store_singly(rows, has_stored=has_stored)
                 else:
                     refused += _bad_rows(rows, faults)
                     rows = [row for row in rows if row.entry.key in error.not_attempted]
@@ -277,19 +286,18 @@ class _Importer:
                 break
         return refused
 
-    async def _store_singly(self, rows: Iterable[Row]) -> list[BadRow]:
+    async def _store_singly(self, rows: Iterable[Row], *, has_stored: bool) -> list[BadRow]:
         refused: list[BadRow] = []
-        stored = self.checkpoint.stored
         for row in rows:
             try:
                 await self._store.set(*row.entry)
             except CallError as error:
-                if not _is_of_row(error) or not stored:
+                if not _is_of_row(error) or not has_stored:
                     # A store that has taken no row yet is likely to take none.
                     raise
                 refused += _bad_rows([row], {row.entry.key: error})
             else:
-                stored += 1
+                has_stored = True
         return refused
 
 
@@ -299,9 +307,21 @@ def _is_of_row(error: Exception) -> bool:
 
 
 def _bad_rows(rows: Iterable[Row], faults: dict[str, Exception]) -> list[BadRow]:
-    # Of rows with one key the last one was sent.
-    last = {row.entry.key: row for row in rows}
-    return [BadRow(last[key].line, key, str(fault)) for key, fault in faults.items()]
+    lines = {row.entry.key: row.line for row in rows}
+    return [BadRow(lines[key], key, str(fault)) for key, fault in faults.items()]
+
+
+def _steps_of(rows: Iterable[Row]) -> list[list[Row]]:
+    """Part rows so that those with one key go one after the other: what becomes of each is known by its key."""
+    steps: list[list[Row]] = []
+    times = Counter[str]()
+    for row in rows:
+        step = times[row.entry.key]
+        times[row.entry.key] += 1
+        if step == len(steps):
+            steps.append([])
+        steps[step].append(row)
+    return steps
 
 
 def _in_thread(function: Callable[[], T]) -> "asyncio.Future[T]":

@@ -15,8 +15,9 @@ from typing import TypeVar
 
 from aiokv import clock
 from aiokv.backends.registry import redacted_url
-from aiokv.cli.histogram import Histogram, draw_svg, draw_text, format_seconds
+from aiokv.cli.histogram import SVG_START, Histogram, draw_svg, draw_text, format_seconds
 from aiokv.cli.live import Row, Screen
+from aiokv.cli.paths import check_no_store
 from aiokv.cli.terminal import binary_output, can_show, naming, print_message
 from aiokv.errors import AioKVError
 from aiokv.limits import MAX_TTL_SECONDS, MAX_VALUE_BYTES, MIN_TTL_SECONDS
@@ -79,6 +80,8 @@ def _bench(options: argparse.Namespace) -> int:
         raise ValueError(f"--value-bytes must be at most {MAX_VALUE_BYTES:,}")
     if not 0 <= options.set_share <= 1:
         raise ValueError("--set-share must be from 0 to 1")
+    if options.plot:
+        _check_plot(options.url, Path(options.plot))
     load = _Load(options)
     asyncio.run(load.run())
     if options.plot:
@@ -89,6 +92,16 @@ def _bench(options: argparse.Namespace) -> int:
     output.write(load.as_json() if options.json else load.as_text().encode(sys.stdout.encoding or "ascii", "replace"))
     output.flush()
     return _FAILED if not sum(times.count for times in load.times.values()) else 0
+
+
+def _check_plot(url: str, path: Path) -> None:
+    """Refuse to draw into a file of the store, or over one that holds no picture."""
+    check_no_store(url, path, "--plot FILE.svg")
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(len(SVG_START))
+        if start not in {b"", SVG_START.encode()}:
+            raise ValueError(f"{path} exists, and is no picture of `aiokv bench`; name another file by --plot, or move it away")
 
 
 class _Load:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aiokv.cli.terminal import print_message
+from aiokv.cli.terminal import print_message, printable
 
 if TYPE_CHECKING:
     from aiokv.backends.sqlite_maintenance import CheckReport
@@ -88,7 +88,7 @@ def _check(options: argparse.Namespace) -> int:
 
     with _Progress() as show:
         report = check(options.file, progress=show)
-    print(f"{report.path}: {'sound' if report.is_sound else 'DAMAGED'}: {_describe(report)}")
+    print(f"{printable(report.path)}: {'sound' if report.is_sound else 'DAMAGED'}: {_describe(report)}")
     for problem in report.problems:
         print(f"  {problem}")
     for db_name, key in report.examples:

@@ -1,7 +1,6 @@
 """The resume file of an import: what was acknowledged, of which input, in which store."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import stat
@@ -10,7 +9,8 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 import orjson
 
-from aiokv.backends.registry import redacted_url
+from aiokv.backends.registry import redacted_url, sqlite_path_of
+from aiokv.cli.paths import InUseError, lock, open_locked
 from aiokv.cli.rows import Position
 from aiokv.cli.terminal import naming
 
@@ -141,7 +141,7 @@ class Journal:
         try:
             if not stat.S_ISREG(self.resume_path.stat().st_mode):
                 raise ValueError("no file")  # noqa: TRY301 (all that is no resume file ends below)
-            self._resume_file = _locked(self.resume_path, "rb", "--resume PATH")
+            self._resume_file = open_locked(self.resume_path, "rb", "import", "--resume PATH")
             data = self._resume_file.read(_MAX_FILE_BYTES)
             content = orjson.loads(data)
             if content["kind"] != _KIND or content["format"] != _FORMAT:
@@ -151,7 +151,7 @@ class Journal:
             self._found = {name: content[name] for name in self._identity}
         except FileNotFoundError:
             return None
-        except _InUseError as error:
+        except InUseError as error:
             raise ValueError(str(error)) from None
         except (ValueError, TypeError, KeyError):
             # Not chained: the decoder's error holds the file.
@@ -183,6 +183,12 @@ class Journal:
                     f"{self.resume_path} is of {meant} ({', '.join(names)}); to import all of this one begin again with "
                     "--restart, or name another resume file by --resume PATH"
                 )
+        url = self._identity["target"].get("url", "")
+        if url.startswith("sqlite:") and not Path(store := sqlite_path_of(url)).exists():
+            raise ValueError(
+                f"{self.resume_path} is of rows that went into {store}, which is gone; put that file back, or import all rows "
+                "again with --restart"
+            )
 
 
 def identity_of(file: BinaryIO, format_: str, url: str, db_name: str) -> dict[str, Any]:
@@ -239,38 +245,6 @@ def is_regular(file: BinaryIO) -> bool:
     return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
 
 
-class _InUseError(Exception):
-    """A file that another import has locked."""
-
-
-def _locked(path: Path, mode: str, option: str) -> BinaryIO:
-    """Open a file for this process alone, as far as imports are concerned."""
-    while True:
-        file: BinaryIO = path.open(mode)  # type: ignore[assignment]  # of bytes
-        try:
-            _lock(file)
-            # The other import may have removed or replaced it before its lock was free.
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                return file
-        except BlockingIOError:
-            file.close()
-            raise _InUseError(f"another import uses {path} now; wait for its end, or name another file by {option}") from None
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-
-
-def _lock(file: BinaryIO) -> None:
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        # Some file systems have no locks.
-        pass
-
-
 def _open_notes(path: Path) -> BinaryIO:
     """Open the file of failed rows, which may be a device; refuse what may hold anything else."""
     option = "--failed PATH"
@@ -280,16 +254,14 @@ def _open_notes(path: Path) -> BinaryIO:
             return path.open("wb", buffering=0)
         if not stat.S_ISREG(mode):
             raise ValueError(f"{path} is no file that rows can be noted in; name another file by {option}")
-        file = _locked(path, "a+b", option)
-    except _InUseError as error:
+        file = open_locked(path, "a+b", "import", option)
+    except InUseError as error:
         raise ValueError(str(error)) from None
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}; name another file for rows that are left out by {option}", str(path)
         ) from None
-    head = os.pread(file.fileno(), _SAMPLE_BYTES, 0)
-    first, is_whole, _ = head.partition(b"\n")
-    if head and not (first.startswith(b'{"line":') and (not is_whole or _is_note(first))):
+    if not _holds_notes(file):
         file.close()
         raise ValueError(
             f"{path} exists, and is no file of rows that an import left out; name another file by {option}, or move it away"
@@ -297,7 +269,16 @@ def _open_notes(path: Path) -> BinaryIO:
     return file
 
 
+def _holds_notes(file: BinaryIO) -> bool:
+    """Return whether each line of a file is the note of a row that was left out."""
+    file.seek(0)
+    return all(map(_is_note, iter(lambda: file.readline(_MAX_FILE_BYTES), b"")))
+
+
 def _is_note(line: bytes) -> bool:
+    if not line.endswith(b"\n"):
+        # A crash leaves the last one unfinished.
+        return len(line) < _MAX_FILE_BYTES and line.startswith(b'{"line":')
     try:
         return set(orjson.loads(line)) == {"line", "key", "reason"}
     except (ValueError, TypeError):
@@ -309,7 +290,7 @@ def _replace(path: Path, content: bytes) -> BinaryIO:
     new = path.with_name(f"{path.name}.new")
     file = new.open("wb")
     try:
-        _lock(file)
+        lock(file)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 import orjson
 
 from aiokv.backends.capabilities import Entry
-from aiokv.errors import truncated
-from aiokv.limits import check_entry, check_ttl, check_value, size_bytes
+from aiokv.errors import MAX_PRINTED_KEY_CHARS, truncated
+from aiokv.limits import MAX_ENTRY_PATH_BYTES, check_entry, check_ttl, check_value
 
 # The largest value as JSON with every character escaped, the longest key likewise, and the rest of the line.
 _MAX_LINE_BYTES = 12 * 1024 * 1024
@@ -38,6 +38,7 @@ class BadRow(NamedTuple):
 
     line: int
     key: str | None
+    """The key; of one that no store takes, since it is too long, the beginning and its length."""
     reason: str
     """Why, without the value."""
 
@@ -126,7 +127,7 @@ class RowReader(ABC):
 
         Args:
             max_rows: Most rows, bad ones included.
-            max_bytes: The bytes of keys and values after which the batch ends.
+            max_bytes: The bytes of the file after which the batch ends.
 
         Returns:
             The rows.
@@ -137,15 +138,14 @@ class RowReader(ABC):
         """
         rows: list[Row] = []
         bad: list[BadRow] = []
-        batch_bytes = 0
+        began = self._offset
         for row in self._read_rows():
             self._rows += 1
             if isinstance(row, Row):
                 rows.append(row)
-                batch_bytes += size_bytes(row.entry.key) + size_bytes(row.entry.value)
             else:
                 bad.append(row)
-            if len(rows) + len(bad) >= max_rows or batch_bytes >= max_bytes:
+            if len(rows) + len(bad) >= max_rows or self._offset - began >= max_bytes:
                 break
         else:
             self._is_over = True
@@ -182,7 +182,7 @@ class RowReader(ABC):
             return Row(line, self._entry_of(members))
         except (TypeError, ValueError) as error:
             key = members.get("key")
-            return BadRow(line, key if isinstance(key, str) else None, str(error))
+            return BadRow(line, _noted(key) if isinstance(key, str) else None, str(error))
 
     def _entry_of(self, members: dict[str, Any]) -> Entry:
         if not members.keys() <= _MEMBERS:
@@ -280,7 +280,7 @@ class CsvRows(RowReader):
                 if not is_number:
                     yield BadRow(
                         number,
-                        None if _has_surrogate(members["key"]) else members["key"],
+                        None if _has_surrogate(members["key"]) else _noted(members["key"]),
                         "its ttl is no decimal number of seconds",
                     )
                     continue
@@ -304,6 +304,11 @@ class CsvRows(RowReader):
     def _count(self, data: bytes) -> None:
         super()._count(data)
         self._quotes += data.count(b'"')
+
+
+def _noted(key: str) -> str:
+    """Return what a note says of a key, since notes stay in memory for a while."""
+    return key if len(key) <= MAX_ENTRY_PATH_BYTES else f"{key[:MAX_PRINTED_KEY_CHARS]}... ({len(key):,} characters)"
 
 
 def _has_surrogate(text: str) -> bool:

@@ -21,7 +21,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose messages show no credentials, and whose help is not lost without a word."""
+    """A parser whose messages can be shown, and whose help is not lost without a word."""
 
     def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
         """Print the help.
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2 and a message."""
-        super().error(masked(message))
+        super().error(_showable(message))
 
 
 def print_message(message: object) -> None:
@@ -49,7 +49,7 @@ def print_message(message: object) -> None:
     # `print` would take standard output for one that is closed.
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
-            print(f"aiokv: {masked(describe_error(message))}", file=sys.stderr)
+            print(f"aiokv: {_showable(describe_error(message))}", file=sys.stderr)
 
 
 def masked(text: str) -> str:
@@ -61,6 +61,12 @@ def masked(text: str) -> str:
     return _CREDENTIALS.sub(r"\1***@", text) if "@" in text else text
 
 
+def _showable(message: str) -> str:
+    """Return a message without credentials, and without what a terminal would obey, as names of files can hold it."""
+    # Two spaces stand behind a line feed of the message itself.
+    return "\n  ".join(map(_escape, masked(message).split("\n  ")))
+
+
 def describe_error(error: object) -> str:
     """Return what a message says of an error: of one of a file its name, the reason, and what to do on a full disk.
 
@@ -70,7 +76,16 @@ def describe_error(error: object) -> str:
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     reason = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return f"{reason}; make room there, or write to another disk, and run the command again" if error.errno in _FULL else reason
+    return f"{reason}; make room there, or write to another disk, and run the command again" if is_full(error) else reason
+
+
+def is_full(error: object) -> bool:
+    """Return whether an error is of a disk that is full.
+
+    Args:
+        error: An error, or anything else.
+    """
+    return isinstance(error, OSError) and error.errno in _FULL
 
 
 @contextlib.contextmanager
@@ -158,7 +173,10 @@ def printable(text: str) -> str:
     Returns:
         It, with backslashes doubled and `\n`, `\x1b` and the like for what cannot be printed.
     """
-    if text.isprintable() and "\\" not in text:
+    return _escape(text.replace("\\", "\\\\"))
+
+
+def _escape(text: str) -> str:
+    if text.isprintable():
         return text
-    pieces = (repr(character)[1:-1] if character == "\\" or not character.isprintable() else character for character in text)
-    return "".join(pieces)
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -7,11 +7,13 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from aiokv.backends.base import Backend, HostedBackend, HostingOptions
 from aiokv.backends.redis.options import RedisOptions
-from aiokv.backends.registry import open_backend, redacted_url
+from aiokv.backends.registry import open_backend, redacted_url, sqlite_path_of
 from aiokv.backends.scheme import ClientOptions
+from aiokv.backends.sqlite_paths import is_file_of_store, is_same_file
 from aiokv.errors import AioKVError, ConfigurationError
 from aiokv.server import seat as seats
 from aiokv.server.access import AccessFile
@@ -158,6 +160,7 @@ class _Process:
             self._access = AccessFile(options.access_file, default_limits=limits)
         statistics = self.statistics or Statistics()
         if options.access_log is not None:
+            self._check_access_log(Path(options.access_log))
             self._access_log = AccessLog(options.access_log, log_keys=options.log_keys, on_dropped=statistics.dropped_lines)
         hosting = HostingOptions(
             min_free_bytes=options.min_free_bytes, ballast_bytes=options.ballast_bytes, quick_check=options.quick_check
@@ -186,6 +189,16 @@ class _Process:
             await backend.aclose()
             if self._access_log is not None:
                 self._access_log.close()
+
+    def _check_access_log(self, log: Path) -> None:
+        """Refuse a log that would be written into another file of the server."""
+        options = self._options
+        others = [name for name in (options.access_file, options.tls_cert, options.tls_key) if name is not None]
+        is_taken = any(is_same_file(log, Path(name)) for name in others)
+        if options.store.lower().startswith("sqlite:"):
+            is_taken = is_taken or is_file_of_store(log, Path(sqlite_path_of(options.store)))
+        if is_taken:
+            raise ConfigurationError(f"access log {log} is another file of this server; name a file of its own by --access-log")
 
     def _check_quotas(self, backend: Backend) -> None:
         """Refuse quotas that nobody could keep."""

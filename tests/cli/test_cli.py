@@ -1,12 +1,14 @@
 """The command line, run as a person runs it."""
 
+import errno
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-from helpers import clean_environment, served_process
+from helpers import REPOSITORY, clean_environment, served_process
 
 from aiokv import cli
 
@@ -182,6 +184,28 @@ def shell(line: str, home: Path, **environment: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(("output", "status"), [(">&-", 2), (">/dev/full", 3), ("| true", 3)])
+def test_key_that_could_not_be_shown_opens_nothing(home: Path, output: str, status: int) -> None:
+    assert shell("$AIOKV access add alice --access-file access", home)[0] == 0
+    # The pipe's reader has to be gone first.
+    line = f"{{ sleep 0.5; $AIOKV access add bob --access-file access; echo $? >&2; }} {output}"
+    _, out, err = shell(line, home)
+    assert (out, err.splitlines()[-1]) == ("", str(status))
+    assert "bob" not in (home / "access").read_text()
+    assert "alice" in (home / "access").read_text()
+    assert "Traceback" not in err
+
+
+def test_full_disk_under_an_access_file_is_no_wrong_usage(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aiokv.server.access_file.edit_private_file", fail)
+        assert cli.main(["access", "add", "alice", "--access-file", str(home / "access")]) == 3
+    assert "No space left on device" in capsys.readouterr().err
+
+
 def test_messages_do_not_go_to_standard_output_where_standard_error_is_closed(home: Path) -> None:
     assert shell("$AIOKV get db absent 2>&-", home) == (1, "", "")
     assert shell("$AIOKV get a/b k 2>&-", home) == (2, "", "")
@@ -252,3 +276,50 @@ def test_interrupt_while_the_command_line_is_loaded_ends_it_quietly(home: Path) 
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=home, env=clean_environment(home)
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+STAND_IN = """
+import os, signal
+if "INTERRUPT" in os.environ:
+    os.kill(os.getpid(), signal.SIGINT)
+def main():
+    print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    return 7
+"""
+
+
+def installed_command(folder: Path, line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of a shell in which `$AIOKV` is the installed command, with a stand-in for the package."""
+    (folder / "aiokv").mkdir()
+    (folder / "aiokv" / "__init__.py").touch()
+    (folder / "aiokv" / "cli.py").write_text(STAND_IN)
+    code = "import sys, aiokv_command; assert 'aiokv' not in sys.modules; sys.exit(aiokv_command.main())"
+    paths = {"PYTHONPATH": f"{folder}:{REPOSITORY}", "AIOKV": f"{sys.executable} -P -c", "CODE": code}
+    return subprocess.run(
+        ["sh", "-c", f'{line} $AIOKV "$CODE"'],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**clean_environment(folder), **paths, **environment},
+    )
+
+
+def test_interrupt_while_the_installed_command_is_loaded_ends_it_without_an_exception_inside_an_import(home: Path) -> None:
+    done = installed_command(home, "exec", INTERRUPT="1")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_interrupts_that_are_ignored_stay_so_while_the_installed_command_is_loaded(home: Path) -> None:
+    done = installed_command(home, "trap '' INT; exec", INTERRUPT="1")
+    assert (done.returncode, done.stdout, done.stderr) == (7, "False\n", "")
+
+
+def test_installed_command_has_the_usual_interrupts_once_it_is_loaded(home: Path) -> None:
+    done = installed_command(home, "exec")
+    assert (done.returncode, done.stdout, done.stderr) == (7, "True\n", "")
+
+
+def test_installed_command_begins_outside_the_package() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"aiokv": "aiokv_command:main"}

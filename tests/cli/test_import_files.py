@@ -1,5 +1,6 @@
 """Which files `aiokv import` and `aiokv export` write to, which they refuse, and what they say of them."""
 
+import fcntl
 import json
 import os
 import re
@@ -57,6 +58,11 @@ def folder(tmp_path: Path) -> Path:
         (("--failed", "r", "--resume", "r"), "has another part in this import"),
         (("--failed", "rows.jsonl.aiokv-resume"), "has another part in this import"),
         (("--resume", "kv.db-shm"), "is a file of the store itself"),
+        (("--resume", "kv.db-ballast"), "is a file of the store itself"),
+        (("--failed", "elsewhere/kv.db-wal", "--url", "sqlite:///link"), "is a file of the store itself"),
+        (("--failed", "noted"), "is no file of rows that an import left out"),
+        (("--failed", "other notes"), "is no file of rows that an import left out"),
+        (("--resume", "."), "name a file by --resume PATH"),
         (("--failed", "letter"), "is no file of rows that an import left out"),
         (("--failed", "pipe"), "is no file that rows can be noted in"),
         (("--failed", "."), "is no file that rows can be noted in"),
@@ -65,7 +71,11 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_import_writes_to_no_file_that_has_another_part(folder: Path, arguments: tuple[str, ...], words: str) -> None:
+    note = '{"line": 1, "key": "k", "reason": "x"}\n'
     (folder / "letter").write_text('{"key": "k", "value": "v"}\n')
+    (folder / "noted").write_text(f"{note}mine\n")
+    (folder / "other notes").write_text(f'{note}{{"line": 2, "key": "k", "reason": "x", "value": "mine"}}\n')
+    (folder / "elsewhere").symlink_to(".")
     (folder / "link").symlink_to("kv.db")
     os.mkfifo(folder / "pipe")
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -103,7 +113,7 @@ def test_device_gets_notes_and_stays(folder: Path) -> None:
 
 def test_damaged_resume_file_is_replaced_where_the_import_begins_again(folder: Path) -> None:
     resume = folder / "rows.jsonl.aiokv-resume"
-    for content in ("", '{\n  "kind": "aiokv import",\n  "form', "\0\0\0"):
+    for content in ("", '{\n  "kind": "aiokv import",\n  "form', "\0\0\0", "\x17\x03random"):
         resume.write_text(content)
         refused = run("import", "rows.jsonl", "--db", "db", folder=folder)
         assert (refused.returncode, "begin again with --restart" in refused.stderr) == (2, True)
@@ -192,7 +202,19 @@ def test_closed_standard_input_is_said_to_be_closed(folder: Path) -> None:
     assert (done.returncode, "standard input is closed" in done.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("name", ["kv.db", "kv.db-wal", "link"])
+@pytest.mark.slow
+def test_import_does_not_go_on_into_a_new_file_where_the_store_is_gone(tmp_path: Path) -> None:
+    checkpoint_of(tmp_path, URL)
+    (tmp_path / "kv.db").rename(tmp_path / "away.db")
+    rows = "".join(f'{{"key": "k{n}", "value": "v"}}\n' for n in range(1_500))
+    refused = run("import", "-", "--db", "db", "--resume", "r", folder=tmp_path, stdin=rows)
+    assert (refused.returncode, "which is gone" in refused.stderr) == (2, True)
+    assert not (tmp_path / "kv.db").exists()
+    again = run("import", "-", "--db", "db", "--resume", "r", "--restart", folder=tmp_path, stdin=rows)
+    assert (again.returncode, "1,500 rows imported" in again.stderr) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["kv.db", "kv.db-wal", "kv.db-ballast", "link"])
 def test_export_over_the_store_that_it_reads_is_refused(folder: Path, name: str) -> None:
     (folder / "link").symlink_to("kv.db")
     done = run("export", "--db", "db", "-o", name, folder=folder)
@@ -205,6 +227,60 @@ def test_export_to_standard_output_by_its_device_keeps_what_is_there(folder: Pat
     assert done.returncode == 0, done.stderr
     lines = (folder / "out").read_text().splitlines()
     assert (lines[0], len(lines)) == ("before", 2)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+def test_export_to_standard_output_by_its_device_goes_into_a_pipe(folder: Path, name: str) -> None:
+    (folder / "link").symlink_to("/dev/stdout")
+    done = run("export", "--db", "db", "-o", name, folder=folder)
+    assert (done.returncode, done.stderr) == (0, "aiokv: 1 row exported\n")
+    assert json.loads(done.stdout)["key"] == "k"
+
+
+def test_export_to_an_open_pipe_of_the_shell_is_written(folder: Path) -> None:
+    done = shell("$AIOKV export --db db -o /dev/fd/7 7>&1 >&2 2>/dev/null | cat", folder)
+    assert json.loads(done.stdout)["key"] == "k"
+
+
+def test_export_takes_over_what_a_killed_one_has_left(folder: Path) -> None:
+    (folder / "out.jsonl.aiokv-new").write_text("the beginning of an export that was longer than this one\n" * 100)
+    assert run("export", "--db", "db", "-o", "out.jsonl", folder=folder).returncode == 0
+    assert json.loads((folder / "out.jsonl").read_text())["key"] == "k"
+    assert (folder / "out.jsonl").stat().st_mode & 0o777 == 0o600
+    assert not (folder / "out.jsonl.aiokv-new").exists()
+
+
+def test_export_that_another_one_writes_is_refused_and_left_alone(folder: Path) -> None:
+    with (folder / "out.jsonl.aiokv-new").open("w") as other:
+        other.write("other")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        done = run("export", "--db", "db", "-o", "out.jsonl", folder=folder)
+    assert (done.returncode, "another export uses" in done.stderr) == (2, True)
+    assert (folder / "out.jsonl.aiokv-new").read_text() == "other"
+
+
+def test_export_does_not_write_json_lines_into_a_file_that_is_called_csv(folder: Path) -> None:
+    done = run("export", "--db", "db", "-o", "out.CSV", folder=folder)
+    assert (done.returncode, "ends in .jsonl" in done.stderr) == (2, True)
+    assert not (folder / "out.CSV").exists()
+
+
+def test_names_of_files_are_shown_and_not_obeyed_by_a_terminal(folder: Path) -> None:
+    name = "a\x1b[31m\naiokv: done"
+    (folder / name).write_text('{"key": "k"}\n')
+    for arguments in (
+        ("import", name, "--db", "db"),
+        ("import", f"{name}x", "--db", "db"),
+        ("export", "--db", "db", "-o", f"absent/{name}"),
+        ("check", name),
+        ("backup", f"absent/{name}"),
+        ("access", "list", "--access-file", name),
+        ("get", "db", "k", f"--x{name}"),
+    ):
+        done = run(*arguments, folder=folder)
+        assert r"\x1b[31m\naiokv: done" in done.stderr
+        assert "\x1b" not in done.stderr
 
 
 def test_full_disk_is_named_with_the_file(folder: Path) -> None:

@@ -132,6 +132,35 @@ async def test_row_for_which_a_whole_batch_is_refused_is_found(tmp_path: Path) -
     assert await backend.get("db", "k1009") == "v"
 
 
+async def test_each_of_several_rows_with_one_key_has_an_outcome_of_its_own(tmp_path: Path) -> None:
+    class Choosy(MemoryBackend):
+        """Memory that refuses one value."""
+
+        async def set(self, db_name: str, key: str, value: str, ttl_seconds: int) -> None:
+            if value == "bad":
+                raise RejectedError("no such value", status=400)
+            await super().set(db_name, key, value, ttl_seconds)
+
+        async def set_many(self, db_name: str, entries: Sequence[Entry]) -> Sequence[CallError | None]:
+            good = [entry for entry in entries if entry.value != "bad"]
+            await super().set_many(db_name, good)
+            return [None if entry in good else RejectedError("no such value", status=400) for entry in entries]
+
+    backend = Choosy()
+    lines = [
+        line_of(*row)
+        for row in (("a", "1"), ("k", "2"), ("b", "3"), ("k", "bad"), ("c", "4"), ("j", "5"), ("j", "bad"), ("j", "6"))
+    ]
+    reader = JsonRows(io.BytesIO("".join(lines).encode()), "db", None, digests=False)
+    with Journal(None, tmp_path / "failed", {"input": {}, "target": {}}) as journal:
+        store = AsyncKVStore("db", backend=backend)
+        importer = _Importer(store, reader, journal, journal.begin(restart=False), Progress("import", is_quiet=True))
+        assert await importer.run() is None
+    assert (importer.checkpoint.stored, importer.checkpoint.failed) == (6, 2)
+    assert [json.loads(line)["line"] for line in (tmp_path / "failed").read_text().splitlines()] == [4, 7]
+    assert [await backend.get("db", key) for key in "akbcj"] == ["1", "2", "3", "4", "6"]
+
+
 async def test_store_that_takes_no_row_at_all_stops_the_import(tmp_path: Path) -> None:
     async def answer(_: int, __: Sequence[Entry]) -> None:
         raise RejectedError("not found", status=404)
@@ -200,7 +229,7 @@ def test_rows_noted_behind_the_resume_file_are_noted_once(tmp_path: Path) -> Non
         journal.begin(restart=False)
         journal.record(Checkpoint(Position(10, 2, 2), 1, 1), first)
     with (tmp_path / "failed").open("ab") as file:
-        file.write(b"written before a crash\n")
+        file.write(BadRow(7, None, "written before a crash").as_line() + b'{"line":8,"ke')
     with Journal(tmp_path / "resume", tmp_path / "failed", identity) as journal:
         assert journal.begin(restart=False).position == Position(10, 2, 2)
         journal.record(Checkpoint(Position(20, 4, 4), 2, 2), second)
@@ -220,6 +249,20 @@ def test_line_that_is_too_long_is_passed_over_and_the_next_is_read(monkeypatch: 
     data = b"key,value\nlong," + b"x" * 200_000 + b"\nk,v\n"
     batch = CsvRows(io.BytesIO(data), "db", None, digests=False).read_batch(10, 10**9)
     assert ([row.line for row in batch.bad], [row.entry.key for row in batch.rows]) == ([2], ["k"])
+
+
+def test_rows_that_are_left_out_for_their_long_keys_are_cut_by_their_bytes_and_noted_without_them() -> None:
+    key, number = "k" * 100_000, 20
+    for kind, head, line in (
+        (JsonRows, "", line_of(key)),
+        (CsvRows, "key,value\n", f"{key},v\n"),
+        (CsvRows, "key,value,ttl\n", f"{key},v,x\n"),
+    ):
+        reader = kind(io.BytesIO((head + line * number).encode()), "db", None, digests=False)
+        batch = reader.read_batch(1_000, 10 * len(key))
+        assert len(batch.bad) == 10
+        assert batch.bad[0].key == f"{'k' * 100}... (100,000 characters)"
+        assert len(batch.bad[0].as_line()) < 1_000
 
 
 def test_batch_of_large_rows_is_cut_by_its_bytes() -> None:

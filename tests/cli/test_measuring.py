@@ -293,3 +293,22 @@ def test_help_loads_no_command(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "['aiokv.cli.terminal']"
+
+
+def test_plot_replaces_an_earlier_plot_and_neither_the_store_nor_another_file(tmp_path: Path) -> None:
+    url = "sqlite:///kv.db"
+    assert run("set", "db", "k", "v", "--url", url, folder=tmp_path).returncode == 0
+    (tmp_path / "drawing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"><title>mine</title></svg>')
+    for name, words in (
+        ("kv.db", "is a file of the store itself"),
+        ("kv.db-wal", "is a file of the store itself"),
+        ("drawing.svg", "is no picture of `aiokv bench`"),
+    ):
+        before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
+        refused = run("bench", url, "--seconds", "5", "--plot", name, folder=tmp_path)
+        assert (refused.returncode, words in refused.stderr) == (2, True)
+        assert ((tmp_path / name).read_bytes() if (tmp_path / name).exists() else None) == before
+    assert run("get", "db", "k", "--url", url, folder=tmp_path).stdout == "v"
+    for _ in range(2):
+        assert run("bench", url, "--seconds", "0.1", "--plot", "plot.svg", folder=tmp_path).returncode == 0
+        ET.fromstring((tmp_path / "plot.svg").read_text())

@@ -236,7 +236,7 @@ def test_interrupt_ends_an_import_that_waits_for_standard_input(tmp_path: Path) 
     )
     assert process.stdin is not None
     assert process.stderr is not None
-    process.stdin.write(b'{"key": "k", "value": "v"}\n' * 1_000)
+    process.stdin.write(b"".join(b'{"key": "k%d", "value": "v"}\n' % number for number in range(1_000)))
     process.stdin.flush()
     wait_until(lambda: (tmp_path / "r").exists() and json.loads((tmp_path / "r").read_text())["done"]["stored"] > 0)
     process.send_signal(signal.SIGINT)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import REPOSITORY, FakeClock, served_process, wait_until
+from helpers import REPOSITORY, FakeClock, clean_environment, served_process, wait_until
 
 from aiokv import clock as process_clock
 from aiokv.errors import ConfigurationError
@@ -348,3 +348,23 @@ def test_pages_are_logged_with_their_path_and_tokens_with_their_account(tmp_path
         ("token", None, "team"),
         ("token", None, None),
     ]
+
+
+@pytest.mark.parametrize("name", ["kv.db", "kv.db-wal", "kv.db-ballast", "link", "access"])
+def test_a_log_that_is_another_file_of_the_server_is_refused(tmp_path: Path, name: str) -> None:
+    key = add_key(tmp_path / "access", "alice")
+    (tmp_path / "link").symlink_to("kv.db")
+    before = (tmp_path / "access").read_bytes()
+    options = ("--store", f"sqlite:///{tmp_path}/kv.db", "--access-file", str(tmp_path / "access"), "--port", "0")
+    done = subprocess.run(
+        [sys.executable, "-m", "aiokv", "serve", *options, "--access-log", str(tmp_path / name)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+        env=clean_environment(tmp_path),
+    )
+    assert (done.returncode, "is another file of this server" in done.stderr) == (2, True), done.stderr
+    assert key not in done.stderr
+    assert (tmp_path / "access").read_bytes() == before
+    assert not (tmp_path / "kv.db-wal").exists()

@@ -372,3 +372,10 @@ def test_error_of_a_class_that_cannot_be_copied_is_shared_by_the_keys(backend: B
     with pytest.raises(BatchError) as caught:
         asyncio.run(AsyncKVStore("db", backend=backend).get_many(["a", "b"]))
     assert set(map(id, caught.value.errors.values())) == {id(backend.error)}
+
+
+def test_message_of_an_error_that_knows_no_namespace_names_none(backend: BatchingBackend) -> None:
+    backend.error = StorageError("the file cannot be opened")
+    with pytest.raises(BatchError) as caught:
+        asyncio.run(AsyncKVStore("db", backend=backend).get_many(["a", "b"]))
+    assert str(caught.value.errors["a"]) == "get 'a': the file cannot be opened"

@@ -78,9 +78,14 @@ def parse_url(url: str) -> RedisUrl:
         What it says; equal for all ways to write one place.
 
     Raises:
-        ConfigurationError: It is of another form.
+        ConfigurationError: It is of another form; credentials in it are not repeated.
     """
     scheme, _, rest = url.partition("://")
+    if "@" in rest:
+        # Not repeated: a password with a slash looks like a path.
+        raise ConfigurationError(
+            "url must not hold credentials; pass credentials='<user>:<password>' or set AIOKV_REDIS_PASSWORD"
+        )
     engine, _, kind = scheme.lower().partition("+")
     netloc, *path = rest.split("/")
     while path and not path[-1]:
