@@ -142,7 +142,7 @@ def newest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def section(name: str, figures: Mapping[str, Any]) -> str:
-    """Write the tables, the aims and the picture of a script's figures as Markdown."""
+    """Write the tables and the picture of a script's figures as Markdown."""
     of = figures["machine"]
     lines = [
         f"`benchmarks/{SCRIPTS[name].file}`, {figures['day']}, {figures['where']}; {of['processor']}, {of['system']}.",
@@ -154,13 +154,23 @@ def section(name: str, figures: Mapping[str, Any]) -> str:
         lines += [f"| {table['title']} | {' | '.join(table['columns'])} |", f"|---|{'---:|' * len(table['columns'])}"]
         lines += [f"| {row} | {' | '.join(map(number, values))} |" for row, values in table["rows"].items()]
         lines.append("")
-    if figures["aims"]:
-        lines += ["| aim | at most | reached | |", "|---|---:|---:|---|"]
-        for aim in figures["aims"]:
-            limit, reached = (f"{number(aim[part])} {aim['unit']}".rstrip() for part in ("aim", "figure"))
-            lines.append(f"| {aim['what']} | {limit} | {reached} | {'met' if aim['is_met'] else 'missed'} |")
-        lines.append("")
     return "\n".join(lines)
+
+
+def aims(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write every aim of every script as one table of Markdown."""
+    lines = ["| aim | wanted | reached | |", "|---|---:|---:|---|"]
+    for name, script in SCRIPTS.items():
+        for aim in found[name]["aims"] if name in found else ():
+            limit, reached = (f"{number(aim[part])} {aim['unit']}".rstrip() for part in ("aim", "figure"))
+            outcome = "met" if aim["is_met"] else "**missed**"
+            lines.append(f"| [{script.title}](#{slug(script.title)}): {aim['what']} | {limit} | {reached} | {outcome} |")
+    return "\n".join((*lines, ""))
+
+
+def slug(title: str) -> str:
+    """Return the anchor of a heading, as Markdown's tools make it."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def renew(page: str, found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -169,6 +179,8 @@ def renew(page: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     def replaced(mark: re.Match[str]) -> str:
         name = mark[1]
         text = section(name, found[name]) if name in found else "Not measured yet.\n"
+        if name == "aims":
+            text = aims(found)
         return f"<!-- results:{name} -->\n{text}<!-- end -->"
 
     return re.sub(r"<!-- results:([\w-]+) -->\n.*?<!-- end -->", replaced, page, flags=re.DOTALL)

@@ -56,7 +56,7 @@ def test_every_script_is_run_by_one_name_or_is_a_part_of_another() -> None:
 
 def test_page_shows_the_newest_figures_of_every_script(tmp_path: Path) -> None:
     page = results.PAGE.read_text(encoding="utf-8")
-    assert re.findall(r"<!-- results:([\w-]+) -->", page) == list(results.SCRIPTS)
+    assert re.findall(r"<!-- results:([\w-]+) -->", page) == ["aims", *results.SCRIPTS]
     copy = tmp_path / "benchmarks.md"
     copy.write_text(page, encoding="utf-8")
     results.write_pages(results.FOLDER, copy, tmp_path)
@@ -83,6 +83,21 @@ def test_later_run_replaces_the_figures_of_its_own_script_alone(tmp_path: Path) 
     assert "run 2" in renewed
     assert "old" not in renewed
     assert renewed.endswith("<!-- results:sets -->\nNot measured yet.\n<!-- end -->\n")
+
+
+def test_aims_that_were_missed_stand_in_the_page_as_missed() -> None:
+    def aim(what: str, figure: float, *, is_met: bool) -> dict[str, object]:
+        return {"what": what, "figure": figure, "aim": 1.5, "unit": "x", "is_met": is_met}
+
+    figures = {"aims": [aim("a get", 1.2, is_met=True), aim("a set", 1.7, is_met=False)]}
+    page = results.renew("<!-- results:aims -->\nold\n<!-- end -->\n", {"client": figures})
+    link = "[What the client adds to aiohttp](#what-the-client-adds-to-aiohttp)"
+    assert page.splitlines()[1:-1] == [
+        "| aim | wanted | reached | |",
+        "|---|---:|---:|---|",
+        f"| {link}: a get | 1.5 x | 1.2 x | met |",
+        f"| {link}: a set | 1.5 x | 1.7 x | **missed** |",
+    ]
 
 
 @pytest.mark.parametrize(
