@@ -14,6 +14,7 @@ from aiokv.backends.http.extensions import EXTENSIONS, Extensions
 from aiokv.backends.http.hedge import Hedger
 from aiokv.backends.http.options import Credentials, HttpOptions
 from aiokv.backends.http.retry import QUOTA_TOKENS, SUCCESS_TOKENS, RetryPolicy, quota_of, retry
+from aiokv.backends.http.room import LARGE_BYTES
 from aiokv.backends.http.tokens import Token, TokenSource, parse_token
 from aiokv.backends.http.transport import Answer, Request, Timeouts, Transport
 from aiokv.backends.http.write_order import Turn, WriteOrder
@@ -288,6 +289,8 @@ class Calls:
         headers = {} if header is None else {"Authorization": header}
         if call.body is not None:
             headers["Content-Type"] = call.content_type
+            if len(call.body) > LARGE_BYTES:
+                return await self._transport.request_large(call, headers, self._timeouts, deadline, self._availability)
         if self._hedger is None or call.verb not in _HEDGED:
             return await self._transport.request(call, headers, self._timeouts, deadline, self._availability)
         send = partial(self._transport.request, call, headers, self._timeouts, deadline, self._availability)

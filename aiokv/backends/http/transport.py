@@ -17,6 +17,7 @@ from aiokv.backends.http.aiohttp_errors import map_error
 from aiokv.backends.http.availability import Availability
 from aiokv.backends.http.options import HttpOptions
 from aiokv.backends.http.retry import RetryPolicy, has_backoff
+from aiokv.backends.http.room import Room
 from aiokv.backends.http.stream import Stream
 from aiokv.deadlines import Bound, SharedDeadline
 from aiokv.errors import (
@@ -32,6 +33,8 @@ from aiokv.wire import MAX_ANSWER_BYTES, MAX_ERROR_BODY_BYTES
 
 # aiohttp warns of a longer body passed as bytes, since it is written in one piece.
 _MAX_DIRECT_BODY_BYTES = 2**20
+# A third of what a server of ours holds of large bodies, so that three busy processes share it without being refused.
+_LARGE_ROOM_BYTES = 16 * 2**20
 _OK = 200
 _LEAST_ATTEMPT_SECONDS = 0.005
 # A shared deadline may be so much later than the call's own.
@@ -121,6 +124,7 @@ class Transport:
         self._loop = asyncio.get_running_loop()
         # In front of the pool: so a wait for a connection and a slow server are different errors.
         self._slots = asyncio.Semaphore(options.pool_size)
+        self._room = Room(_LARGE_ROOM_BYTES)
         # Of the requests under way, which closing brings forward: by their length, and those that are shorter.
         self._deadlines: dict[float, SharedDeadline] = {}
         self._timeouts: set[asyncio.Timeout] = set()
@@ -200,6 +204,31 @@ class Transport:
                 return answer
             finally:
                 self._slots.release()
+
+    async def request_large(
+        self, request: Request, headers: Mapping[str, str], timeouts: Timeouts, deadline: float, host: Availability
+    ) -> Answer:
+        """Send a request with a body over `room.LARGE_BYTES`, once there is room for it; else as `request`.
+
+        Args:
+            request: As for `request`.
+            headers: As for `request`.
+            timeouts: As for `request`.
+            deadline: As for `request`.
+            host: As for `request`.
+
+        Returns:
+            The answer.
+
+        Raises:
+            CallError: As for `request`; also where other large bodies were under way until the deadline.
+        """
+        size_bytes = len(request.body or b"")
+        await self._room.take(size_bytes, deadline - _LEAST_ATTEMPT_SECONDS)
+        try:
+            return await self.request(request, headers, timeouts, deadline, host)
+        finally:
+            self._room.give_back(size_bytes)
 
     async def open_stream(self, request: Request, headers: Mapping[str, str], timeouts: Timeouts, host: Availability) -> Stream:
         """Send a request on a connection of its own, beside those of the pool, and wait for the head of the answer.
