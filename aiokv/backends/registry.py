@@ -1,8 +1,8 @@
 """From a URL to the backend that it names: one table of schemes, to which installed packages can add.
 
 A package adds a scheme by an entry point of the group `aiokv.backends`: its name is the scheme, its object a
-`aiokv.backends.scheme.Scheme` or a
-function that takes the URL and returns a `Backend`. It is loaded when a URL of that scheme is first used.
+`aiokv.backends.scheme.Scheme` or a function that takes the URL and returns a `Backend`. It is loaded when a URL of that scheme is
+first used.
 """
 
 import os

@@ -15,8 +15,9 @@ _PORT: Final = 6379
 _SENTINEL_PORT: Final = 26379
 _MAX_PORT: Final = 65_535
 _DEFAULT_USER: Final = "default"
-_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
-_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^\s:/\[\]@,]+))(?::([0-9]{1,5}))?")
+# Not compiled at the import, which every program pays for.
+_NAME: Final = r"[A-Za-z0-9_.:-]{1,100}"
+_HOST: Final = r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^\s:/\[\]@,]+))(?::([0-9]{1,5}))?"
 _EXAMPLES: Final = {
     SINGLE: "redis://host:6379, or redis://host:6379/1 for database 1",
     CLUSTER: "redis+cluster://host1:6379,host2:6379",
@@ -94,7 +95,7 @@ def parse_url(url: str) -> RedisUrl:
     service = ""
     if kind == SENTINEL:
         service = path.pop(0) if path else ""
-        if not _NAME.fullmatch(service):
+        if not re.fullmatch(_NAME, service):
             raise _malformed(url, kind, "it names no primary of the sentinels, of letters, digits, and _ . : -")
     if kind == SINGLE and len(hosts) > 1:
         raise _malformed(url, kind, f"it names {len(hosts)} servers; of several the scheme is redis+cluster or redis+sentinel")
@@ -107,7 +108,7 @@ def parse_url(url: str) -> RedisUrl:
 
 
 def _parse_host(url: str, kind: str, text: str) -> Address:
-    found = _HOST.fullmatch(text)
+    found = re.fullmatch(_HOST, text)
     if found is None:
         raise _malformed(url, kind, "a host in it is malformed or missing")
     port = int(found[3]) if found[3] else (_SENTINEL_PORT if kind == SENTINEL else _PORT)
