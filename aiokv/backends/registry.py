@@ -1,8 +1,8 @@
 """From a URL to the backend that it names: one table of schemes, to which installed packages can add.
 
 A package adds a scheme by an entry point of the group `aiokv.backends`: its name is the scheme, its object a
-`aiokv.backends.scheme.Scheme` or a function that takes the URL and returns a `Backend`. It is loaded when a URL of that scheme is
-first used.
+`aiokv.backends.scheme.Scheme` or a function that takes the URL and returns a `Backend`. It is loaded when a URL of that scheme
+is first used.
 """
 
 import os
@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from aiokv.backends.base import Backend, check_backend
-from aiokv.backends.memory import MemoryBackend
 from aiokv.backends.redis.urls import SCHEMES as REDIS_SCHEMES
 from aiokv.backends.redis.urls import parse_url
 from aiokv.backends.scheme import ClientOptions, Scheme
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from yarl import URL
 
+    from aiokv.backends.memory import MemoryBackend
     from aiokv.backends.redis.backend import RedisBackend
 
 DEFAULT_URL = "https://kv.fal.media"
@@ -252,7 +252,7 @@ def _package_of(entry: "EntryPoint") -> str:
 
 
 # What memory:// names belongs to the process, like a file to a machine: every store of one URL sees the same values.
-_memory_backends: dict[str, MemoryBackend] = {}
+_memory_backends: "dict[str, MemoryBackend]" = {}
 
 
 def _check_memory(url: str, parts: "SplitResult") -> None:
@@ -261,6 +261,8 @@ def _check_memory(url: str, parts: "SplitResult") -> None:
 
 
 def _open_memory(url: str, _options: ClientOptions) -> Backend:
+    from aiokv.backends.memory import MemoryBackend  # noqa: PLC0415
+
     return _memory_backends.setdefault(_memory_name(url), MemoryBackend())
 
 
@@ -389,6 +391,7 @@ _SCHEMES = {
         open=_open_memory,
         check=_check_memory,
         canonical=lambda url: f"memory://{_memory_name(url)}",
+        module="aiokv.backends.memory",
         example="memory://",
     ),
 }
