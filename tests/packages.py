@@ -49,7 +49,12 @@ USES = {
     "zstd": "import aiokv; aiokv.Zstd()",
 }
 # Tests to run with the newest release of what an extra names, where `dev` has an older one, and what else they need.
-TESTS = {"fastapi": ("tests/adapters/test_fastapi.py", ["uvicorn", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout"])}
+TESTS = {
+    "fastapi": (
+        ["tests/adapters/test_fastapi.py", "tests/adapters/test_asgi_trust.py"],
+        ["uvicorn", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout"],
+    )
+}
 # These are for the project's own work; `make test`, `make docs` and `make bench` install them.
 OWN = {"bench", "dev", "docs", "suites", "test"}
 # Modules beside the package.
@@ -99,7 +104,7 @@ def try_installation(python: str, requirement: str, use: str, extra: str = "") -
             tests, tools = TESTS[extra]
             steps += [
                 [its_python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *tools],
-                [its_python, "-m", "pytest", "--quiet", str(REPOSITORY / tests)],
+                [its_python, "-m", "pytest", "--quiet", *(str(REPOSITORY / test) for test in tests)],
             ]
         for step in steps:
             done = subprocess.run(step, cwd=home, capture_output=True, text=True, check=False)
