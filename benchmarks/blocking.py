@@ -238,7 +238,8 @@ def judge(figures: Figures) -> dict[str, bool]:
         if OFFICIAL in of_load and not load.endswith(" 1"):
             for name in (OURS, UNBATCHED):
                 slowdown = paired_ratio(of_load[OFFICIAL]["calls_per_second"], of_load[name]["calls_per_second"])
-                met[f"{load}, {name}"] = verdict(f"the official client's rate, to that of {name},", slowdown, 1 / LEAST_RATE)
+                what = f"{load}: the official client's rate, to that of {name},"
+                met[f"{load}, {name}"] = verdict(what, slowdown, 1 / LEAST_RATE)
     if "cpu" in figures:
         counts: Mapping[str, float] = figures["cpu"]
         print("\nOne get, by one thread")

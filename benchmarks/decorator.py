@@ -233,7 +233,8 @@ async def measure_store(address: str, options: argparse.Namespace) -> bool:
             assert plain.info().computations + early.info().computations == computed  # noqa: S101
             report(f"Client CPU of a hit through the store, concurrency {concurrency}, distinct keys", "us", samples, BARE)
             for name in (WITHOUT_EARLY, THROUGH):
-                met &= verdict(f"{name} to {BARE}", paired_ratio(samples[name], samples[BARE]), options.store_aim)
+                times = paired_ratio(samples[name], samples[BARE])
+                met &= verdict(f"{name} to {BARE}, concurrency {concurrency}", times, options.store_aim)
     return met
 
 

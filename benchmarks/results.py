@@ -77,7 +77,7 @@ SCRIPTS = {
     ),
     "faults": Script("faults.py", "Calls through faults", ("--quick", "--contenders", "aiokv", "aiokv-hedged")),
     "server": Script("server.py", "The server", ("--rounds", "1", "--only", "memory", "floor")),
-    "kills": Script("kills.py", "kill -9 of the server", ("--rounds", "2")),
+    "kills": Script("kills.py", "A server killed with signal 9", ("--rounds", "2")),
     "failover": Script("failover.py", "Failover of a Redis Cluster", ("--rounds", "1", "--only", "stop")),
     "engines": Script("engines.py", "Engines", ("--smoke", "--concurrency", "4", "--only", "memory", "memory, served")),
     "scale": Script(
