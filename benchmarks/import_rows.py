@@ -119,10 +119,13 @@ def run_round(folder: Path, rows: int, pauses: list[float], *, is_served: bool) 
             code, memory = run_import(source, url, stop_after, number)
             codes.append(code)
             peak = max(peak, memory)
+            if code != 0 and written(path) >= rows and not list(folder.glob(f"{source.name}.*")):
+                # It had ended, and only its process was still there: the same command would begin anew.
+                break
         seconds = time.perf_counter() - began
         lost = asyncio.run(missing(url, rows))
     kills = codes.count(-signal.SIGKILL)
-    names = f"{len(codes) - 1 - kills} SIGINT, {kills} SIGKILL"
+    names = f"{sum(code != 0 for code in codes) - kills} SIGINT, {kills} SIGKILL"
     outcome = Outcome(lost, written(path), rows + kills * UNDER_WAY_ROWS, peak, seconds, names)
     for left in folder.glob("kv.db*"):
         left.unlink()

@@ -136,5 +136,5 @@ class Exchange:
 
 
 def _session_of(scope: Scope) -> str:
-    """Return a text that is another one where the session has changed."""
-    return repr(scope["session"]) if "session" in scope else ""
+    """Return a text that is another one where the session has changed; one that is empty is as good as none."""
+    return repr(scope.get("session") or {})

@@ -343,9 +343,9 @@ class ResponseCache:
 
 def _has_own_trust(request: ClientRequest) -> bool:
     """Return whether a request has TLS settings of its own, so that its response is not for those who trust otherwise."""
-    if not request.is_ssl() or request.ssl is True:
+    if not request.is_ssl() or (request.ssl is True and request.server_hostname is None):
         return False
-    logger.debug("a request with ssl= of its own is not cached: pass it to the session's connector")
+    logger.debug("a request with ssl= or server_hostname= of its own is not cached: pass ssl= to the session's connector")
     return True
 
 

@@ -112,7 +112,7 @@ class ResponseCache:
             if not text and exchange.is_behind:
                 if exchange.status >= _SERVER_ERROR:
                     # As where the application raises: the next attempt waits, and what is stored is served meanwhile.
-                    raise RuntimeError(f"the application answered {exchange.status}")
+                    raise _FailedBehindError(f"the application answered {exchange.status}")
                 with suppress(Exception):
                     await self.responses.invalidate(request, exchange)
             return text
@@ -168,7 +168,11 @@ class ResponseCache:
         unconditional = {**scope, "headers": [one for one in headers if one[0] not in _CONDITIONS], "extensions": {}}
         exchange = Exchange(app, unconditional, receive, send, self._rules)
         try:
-            text = await self.responses(request, exchange)
+            try:
+                text = await self.responses(request, exchange)
+            except _FailedBehindError:
+                # This caller came too late for the older response. It gets the application's own answer, whatever that is.
+                text = ""
             response = read_response(text) if text else None
             is_replacing = response is not None and text != exchange.text and response.is_past_use()
             if is_replacing:
@@ -194,6 +198,10 @@ class ResponseCache:
                 await exchange.task
         finally:
             exchange.take(False)
+
+
+class _FailedBehindError(Exception):
+    """The application answered with an error where a response was made anew behind its caller."""
 
 
 def cached_route(

@@ -7,8 +7,11 @@ from typing import Any
 
 from aiokv.caching.packing import check_size
 
+Known = dict[Any, tuple[Any, Any]]
+"""Dictionaries and their copies, by where in memory they are."""
 
-def compact(column: Any, arrow: Any) -> Any:  # noqa: PLR0911 (one for each kind of type)
+
+def compact(column: Any, arrow: Any, known: Known) -> Any:  # noqa: PLR0911 (one for each kind of type)
     """Return an array of equal values in memory that holds nothing else, as far as Arrow offers a way.
 
     All values of a dictionary are kept, since they can be seen. Sparse unions, views of lists and run-end encoded
@@ -17,6 +20,7 @@ def compact(column: Any, arrow: Any) -> Any:  # noqa: PLR0911 (one for each kind
     Args:
         column: A `pyarrow.Array`.
         arrow: The module pyarrow.
+        known: Dictionaries that were copied for the same table, empty at first; each of its parts may refer to the same one.
 
     Raises:
         Unpackable: Views of texts or bytes refer to too much.
@@ -24,20 +28,20 @@ def compact(column: Any, arrow: Any) -> Any:  # noqa: PLR0911 (one for each kind
     """
     kind, types = column.type, arrow.types
     if isinstance(kind, arrow.BaseExtensionType):
-        return arrow.ExtensionArray.from_storage(kind, compact(column.storage, arrow))
+        return arrow.ExtensionArray.from_storage(kind, compact(column.storage, arrow, known))
     if types.is_dictionary(kind):
-        indices = compact(column.indices, arrow)
-        return arrow.DictionaryArray.from_arrays(indices, compact(column.dictionary, arrow), ordered=kind.ordered)
+        indices = compact(column.indices, arrow, known)
+        return arrow.DictionaryArray.from_arrays(indices, _compact_once(column.dictionary, arrow, known), ordered=kind.ordered)
     if types.is_struct(kind):
-        return _compact_struct(column, arrow)
+        return _compact_struct(column, arrow, known)
     if types.is_list(kind) or types.is_large_list(kind):
-        return _compact_list(column, arrow)
+        return _compact_list(column, arrow, known)
     if types.is_nested(kind) and _has_type(kind, _is_kept, arrow):
         return column
     if types.is_map(kind):
-        return _compact_map(column, arrow)
+        return _compact_map(column, arrow, known)
     if types.is_fixed_size_list(kind) and kind.list_size:
-        return _compact_fixed_list(column, arrow)
+        return _compact_fixed_list(column, arrow, known)
     if _is_view(kind, arrow):
         # One long text may be seen many times.
         check_size(count_bytes(column, arrow))
@@ -48,16 +52,29 @@ def compact(column: Any, arrow: Any) -> Any:  # noqa: PLR0911 (one for each kind
     return column if _is_tight(column, arrow) else arrow.concat_arrays([column, column.slice(0, 0)])
 
 
-def _compact_struct(column: Any, arrow: Any) -> Any:
+def _compact_once(dictionary: Any, arrow: Any, known: Known) -> Any:
+    """Copy a dictionary to which many parts of a table may refer."""
+    if dictionary.type.num_fields:
+        # What is inside has offsets of its own, which its buffers do not tell.
+        return compact(dictionary, arrow, known)
+    places = tuple(None if part is None else (part.address, part.size) for part in dictionary.buffers())
+    place = (dictionary.type, dictionary.offset, len(dictionary), places)
+    if place not in known:
+        # With the dictionary itself: once it were freed, another one could stand in its place.
+        known[place] = dictionary, compact(dictionary, arrow, known)
+    return known[place][1]
+
+
+def _compact_struct(column: Any, arrow: Any, known: Known) -> Any:
     kind = column.type
     if not kind.num_fields:
         return column
     # `flatten` puts the nulls of the whole into each field.
-    fields = [compact(field, arrow) for field in column.flatten()]
+    fields = [compact(field, arrow, known) for field in column.flatten()]
     return arrow.StructArray.from_arrays(fields, fields=list(kind), mask=column.is_null() if column.null_count else None)
 
 
-def _compact_list(column: Any, arrow: Any) -> Any:
+def _compact_list(column: Any, arrow: Any, known: Known) -> Any:
     kind = column.type
     lengths = column.value_lengths().fill_null(0).cast(arrow.int64())
     ends = _compute().cumulative_sum(lengths)
@@ -66,24 +83,24 @@ def _compact_list(column: Any, arrow: Any) -> Any:
     if arrow.types.is_list(kind):
         make, offsets = arrow.ListArray, offsets.cast(arrow.int32())
     # `flatten` leaves out what stands under nulls.
-    values = compact(column.flatten(), arrow)
+    values = compact(column.flatten(), arrow, known)
     return make.from_arrays(offsets, values, type=kind, mask=column.is_null() if column.null_count else None)
 
 
-def _compact_map(column: Any, arrow: Any) -> Any:
+def _compact_map(column: Any, arrow: Any, known: Known) -> Any:
     column = _take_all(column, arrow)
     mask = column.is_null() if column.null_count else None
-    keys, items = compact(column.keys, arrow), compact(column.items, arrow)
+    keys, items = compact(column.keys, arrow, known), compact(column.items, arrow, known)
     return arrow.MapArray.from_arrays(column.offsets, keys, items, type=column.type, mask=mask)
 
 
-def _compact_fixed_list(column: Any, arrow: Any) -> Any:
+def _compact_fixed_list(column: Any, arrow: Any, known: Known) -> Any:
     kind = column.type
     if column.null_count:
         column = _take_all(column, arrow)
     values = column.values.slice(column.offset * kind.list_size, len(column) * kind.list_size)
     mask = column.is_null() if column.null_count else None
-    return arrow.FixedSizeListArray.from_arrays(compact(values, arrow), type=kind, mask=mask)
+    return arrow.FixedSizeListArray.from_arrays(compact(values, arrow, known), type=kind, mask=mask)
 
 
 def _take_all(column: Any, arrow: Any) -> Any:

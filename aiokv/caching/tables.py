@@ -5,7 +5,7 @@ import struct
 import sys
 from typing import Any, Final
 
-from aiokv.caching.columns import compact, count_bytes
+from aiokv.caching.columns import Known, compact, count_bytes
 from aiokv.caching.frames import Composer, Described, looks_same, pandas_class
 from aiokv.caching.jsonable import is_native
 from aiokv.caching.packing import check_head, check_size, pack_content, unpack_content
@@ -106,7 +106,7 @@ class FrameForm:
             if isinstance(column, list):
                 return arrow.array(column, arrow.large_string())
             if isinstance(column, arrow.Array):
-                return compact(column, arrow)
+                return compact(column, arrow, {})
             code = column.dtype.str[1:].partition("[")[0]
             view = _VIEWS.get(code, code)
             return arrow.array(column.view(view) if view in _TYPES else bytes_of(column, sys.modules["numpy"]))
@@ -189,10 +189,10 @@ class ArrowForm:
         return value.to_batches() if self._class is self._arrow.Table else [value]
 
     def _write(self, value: Any) -> memoryview:
-        make = self._arrow.RecordBatch.from_arrays
+        make, known = self._arrow.RecordBatch.from_arrays, Known()
         try:
             seen = [
-                make([compact(column, self._arrow) for column in batch.columns], schema=value.schema)
+                make([compact(column, self._arrow, known) for column in batch.columns], schema=value.schema)
                 if batch.columns
                 else batch
                 for batch in self._batches(value)

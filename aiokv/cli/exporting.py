@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import stat
 import sys
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
@@ -106,10 +107,14 @@ def _open_output(name: str) -> Generator[BinaryIO]:
     except InUseError as error:
         raise ValueError(str(error)) from None
     except OSError as error:
-        error.filename = name
+        error.filename = str(new) if new.exists() else name
         raise
     # Closing it ends the lock, so that comes last.
     with naming(name), file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
+            # Somebody else could read what is written to it, or would lose what is in it.
+            raise ValueError(f"{new} is in the way of export -o: it is another user's, or has another name, too; move it away")
         try:
             os.fchmod(file.fileno(), _PRIVATE_MODE)
             file.truncate(0)

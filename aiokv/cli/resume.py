@@ -18,6 +18,7 @@ _FORMAT = 1
 _KIND = "aiokv import"
 _SAMPLE_BYTES = 64 * 1024
 _HEAD_BYTES = 200
+_NOTE_START = b'{"line":'
 _MAX_FILE_BYTES = 1024 * 1024
 
 
@@ -270,15 +271,22 @@ def _open_notes(path: Path) -> BinaryIO:
 
 
 def _holds_notes(file: BinaryIO) -> bool:
-    """Return whether each line of a file is the note of a row that was left out."""
+    """Return whether each line of a file is the note of a row that was left out; a crash leaves the last one unfinished."""
     file.seek(0)
-    return all(map(_is_note, iter(lambda: file.readline(_MAX_FILE_BYTES), b"")))
+    return all(
+        _is_note(line) if line.endswith(b"\n") else _is_begun_note(line, is_first=number == 0)
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_FILE_BYTES), b""))
+    )
+
+
+def _is_begun_note(line: bytes, *, is_first: bool) -> bool:
+    # A disk that lost its power may have room for the rest, of zeros. A file of a few such bytes alone may be anybody's.
+    begun = line.rstrip(b"\0")
+    is_begun = begun.startswith(_NOTE_START) or (not is_first and _NOTE_START.startswith(begun))
+    return is_begun and len(line) < _MAX_FILE_BYTES
 
 
 def _is_note(line: bytes) -> bool:
-    if not line.endswith(b"\n"):
-        # A crash leaves the last one unfinished.
-        return len(line) < _MAX_FILE_BYTES and line.startswith(b'{"line":')
     try:
         return set(orjson.loads(line)) == {"line", "key", "reason"}
     except (ValueError, TypeError):

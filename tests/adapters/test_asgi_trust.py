@@ -180,6 +180,34 @@ async def test_remake_that_fails_is_not_tried_for_each_request(store: AsyncKVSto
     assert len(origin.requests) == 2
 
 
+async def test_caller_that_joins_a_remake_that_fails_gets_the_answer_of_the_application(store: AsyncKVStore) -> None:
+    origin = Origin()
+    cache = ResponseCache(origin, store=store, ttl=10, stale_while_revalidate=60)
+    with still_clock() as clock:
+        await ask(cache)
+        clock.advance(20)
+        origin.status, origin.gate = 503, asyncio.Event()
+        assert await call_of(cache) == "1"
+        await asyncio.sleep(0.05)
+        # The older response may not be served any more, and the remake is still under way.
+        clock.advance(60)
+        late = asyncio.create_task(ask(cache))
+        await asyncio.sleep(0.05)
+        origin.gate.set()
+        assert (await late).status == 503
+
+
+async def test_session_that_a_middleware_inside_opens_and_nobody_uses_is_no_users(store: AsyncKVStore) -> None:
+    origin = Origin()
+
+    async def with_session(scope: Any, receive: Any, send: Any) -> None:
+        scope["session"] = {}
+        await origin(scope, receive, send)
+
+    cache = ResponseCache(with_session, store=store)
+    assert [await call_of(cache) for _ in range(2)] == ["1", "1"]
+
+
 async def test_caller_that_leaves_does_not_fail_those_who_wait_for_its_response(store: AsyncKVStore) -> None:
     origin = Origin(status=503)
     origin.gate = asyncio.Event()

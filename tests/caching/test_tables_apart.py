@@ -143,3 +143,17 @@ def test_zone_of_a_file_is_not_taken_for_the_zone_of_its_name() -> None:
     moments = pd.Series(pd.DatetimeIndex(["2024-07-01"]).tz_localize(zone_of_file()))
     with pytest.raises(NotStorable, match=r"read from a file.*ZoneInfo"):
         codec_of(pd.Series).dump(moments)
+
+
+def test_parts_of_a_table_that_refer_to_one_dictionary_refer_to_one_copy_of_it() -> None:
+    pa = pytest.importorskip("pyarrow", reason="pip install 'aiokv[pandas]'")
+    from aiokv.caching.columns import compact  # noqa: PLC0415 (few tests need it)
+
+    dictionary = pa.array([str(number) * 100 for number in range(11)]).slice(1, 10)
+    parts = [pa.DictionaryArray.from_arrays(pa.array([number, 9]), dictionary) for number in range(3)]
+    others = [pa.DictionaryArray.from_arrays(pa.array([0]), pa.array(["a", "b"]).slice(number, 1)) for number in range(2)]
+    known: dict[Any, Any] = {}
+    copies = [compact(part, pa, known) for part in parts]
+    assert len({copy.dictionary.buffers()[2].address for copy in copies}) == 1
+    assert [copy.to_pylist() for copy in copies] == [part.to_pylist() for part in parts]
+    assert [compact(other, pa, known).to_pylist() for other in others] == [["a"], ["b"]]

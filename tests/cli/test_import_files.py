@@ -63,6 +63,7 @@ def folder(tmp_path: Path) -> Path:
         (("--failed", "noted"), "is no file of rows that an import left out"),
         (("--failed", "other notes"), "is no file of rows that an import left out"),
         (("--resume", "."), "name a file by --resume PATH"),
+        (("--failed", "brace"), "is no file of rows that an import left out"),
         (("--failed", "letter"), "is no file of rows that an import left out"),
         (("--failed", "pipe"), "is no file that rows can be noted in"),
         (("--failed", "."), "is no file that rows can be noted in"),
@@ -73,6 +74,7 @@ def folder(tmp_path: Path) -> Path:
 def test_import_writes_to_no_file_that_has_another_part(folder: Path, arguments: tuple[str, ...], words: str) -> None:
     note = '{"line": 1, "key": "k", "reason": "x"}\n'
     (folder / "letter").write_text('{"key": "k", "value": "v"}\n')
+    (folder / "brace").write_text("{")
     (folder / "noted").write_text(f"{note}mine\n")
     (folder / "other notes").write_text(f'{note}{{"line": 2, "key": "k", "reason": "x", "value": "mine"}}\n')
     (folder / "elsewhere").symlink_to(".")
@@ -89,6 +91,13 @@ def test_standard_input_from_a_file_is_not_written_to(folder: Path) -> None:
     done = shell("$AIOKV import - --db db --failed rows.jsonl < rows.jsonl", folder)
     assert (done.returncode, "has another part" in done.stderr) == (2, True)
     assert (folder / "rows.jsonl").stat().st_size
+
+
+@pytest.mark.parametrize("end", ['{"line": 2, "ke', '{"li', "\0\0\0"])
+def test_notes_whose_last_one_was_cut_off_are_notes(folder: Path, end: str) -> None:
+    (folder / "notes").write_text(f'{{"line": 1, "key": "k", "reason": "x"}}\n{end}')
+    done = run("import", "rows.jsonl", "--db", "db", "--failed", "notes", folder=folder)
+    assert done.returncode == 0, done.stderr
 
 
 def test_notes_of_an_earlier_import_are_replaced(folder: Path) -> None:
@@ -248,6 +257,23 @@ def test_export_takes_over_what_a_killed_one_has_left(folder: Path) -> None:
     assert json.loads((folder / "out.jsonl").read_text())["key"] == "k"
     assert (folder / "out.jsonl").stat().st_mode & 0o777 == 0o600
     assert not (folder / "out.jsonl.aiokv-new").exists()
+
+
+def test_export_writes_through_no_file_that_has_another_name_too(folder: Path) -> None:
+    (folder / "other").write_text("mine")
+    (folder / "out.jsonl.aiokv-new").hardlink_to(folder / "other")
+    done = run("export", "--db", "db", "-o", "out.jsonl", folder=folder)
+    assert (done.returncode, "out.jsonl.aiokv-new is in the way" in done.stderr) == (2, True)
+    assert (folder / "other").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user; run the tests as root")
+def test_export_writes_into_no_file_of_another_user(folder: Path) -> None:
+    (folder / "out.jsonl.aiokv-new").write_text("")
+    os.chown(folder / "out.jsonl.aiokv-new", 65_534, -1)
+    done = run("export", "--db", "db", "-o", "out.jsonl", folder=folder)
+    assert (done.returncode, "it is another user's" in done.stderr) == (2, True)
+    assert (folder / "out.jsonl.aiokv-new").read_text() == ""
 
 
 def test_export_that_another_one_writes_is_refused_and_left_alone(folder: Path) -> None:

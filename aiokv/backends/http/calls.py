@@ -289,7 +289,7 @@ class Calls:
         headers = {} if header is None else {"Authorization": header}
         if call.body is not None:
             headers["Content-Type"] = call.content_type
-            if len(call.body) > LARGE_BYTES:
+            if call.write and len(call.body) > LARGE_BYTES:
                 return await self._transport.request_large(call, headers, self._timeouts, deadline, self._availability)
         if self._hedger is None or call.verb not in _HEDGED:
             return await self._transport.request(call, headers, self._timeouts, deadline, self._availability)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -83,6 +84,18 @@ async def test_value_that_finds_no_room_in_time_says_that_nothing_was_sent() -> 
         backend.go_on.set()
         await asyncio.gather(*large)
         assert await store.get("late") is None
+
+
+async def test_reads_of_many_long_keys_wait_for_no_room() -> None:
+    async with running_server(MemoryBackend()) as url, AsyncKVStore("db", url=url) as store:
+        await store.set("small", "v")
+        backend: Any = store._backend_here()
+        room = backend._transport._room
+        await room.take(16 * MIB, soon())
+        async with asyncio.timeout(5):
+            found = await store.get_many([f"{number}".rjust(200, "k") for number in range(1000)])
+        assert set(found.values()) == {None}
+        room.give_back(16 * MIB)
 
 
 async def test_room_is_given_in_the_order_of_asking_and_one_that_leaves_holds_nobody_up() -> None:
