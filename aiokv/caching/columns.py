@@ -54,13 +54,14 @@ def compact(column: Any, arrow: Any, known: Known) -> Any:  # noqa: PLR0911 (one
 
 def _compact_once(dictionary: Any, arrow: Any, known: Known) -> Any:
     """Copy a dictionary to which many parts of a table may refer."""
-    if dictionary.type.num_fields:
-        # What is inside has offsets of its own, which its buffers do not tell.
+    kind = dictionary.type
+    if kind.num_fields or arrow.types.is_dictionary(kind) or isinstance(kind, arrow.BaseExtensionType):
+        # The buffers do not tell all: what is inside may have offsets, or a dictionary, of its own.
         return compact(dictionary, arrow, known)
     places = tuple(None if part is None else (part.address, part.size) for part in dictionary.buffers())
-    place = (dictionary.type, dictionary.offset, len(dictionary), places)
+    place = (kind, dictionary.offset, len(dictionary), places)
     if place not in known:
-        # With the dictionary itself: once it were freed, another one could stand in its place.
+        # The dictionary is kept, too: if it were freed, another one could be made at the same place.
         known[place] = dictionary, compact(dictionary, arrow, known)
     return known[place][1]
 

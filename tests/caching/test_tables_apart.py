@@ -157,3 +157,14 @@ def test_parts_of_a_table_that_refer_to_one_dictionary_refer_to_one_copy_of_it()
     assert len({copy.dictionary.buffers()[2].address for copy in copies}) == 1
     assert [copy.to_pylist() for copy in copies] == [part.to_pylist() for part in parts]
     assert [compact(other, pa, known).to_pylist() for other in others] == [["a"], ["b"]]
+
+
+def test_dictionaries_of_dictionaries_with_the_same_numbers_are_not_taken_for_one() -> None:
+    pa = pytest.importorskip("pyarrow", reason="pip install 'aiokv[pandas]'")
+    from aiokv.caching.columns import compact  # noqa: PLC0415 (few tests need it)
+
+    numbers = pa.array([0, 1])
+    inner = [pa.DictionaryArray.from_arrays(numbers, pa.array(texts)) for texts in (["a", "b"], ["c", "d"])]
+    parts = [pa.DictionaryArray.from_arrays(numbers, dictionary) for dictionary in inner]
+    known: dict[Any, Any] = {}
+    assert [compact(part, pa, known).to_pylist() for part in parts] == [["a", "b"], ["c", "d"]]
